@@ -1,0 +1,37 @@
+"""fxmerge: a compiler from several trained networks to one."""
+
+from fxmerge.classes import infer_classes
+from fxmerge.errors import (
+    FormatError,
+    FxMergeError,
+    FxMergeWarning,
+    InputError,
+    StructureError,
+    TraceError,
+    UnknownOpError,
+    VerifyError,
+)
+from fxmerge.export import load, save
+from fxmerge.pipeline import MergeResult, align, merge
+from fxmerge.rules import rule
+from fxmerge.symmetry import permute, verify
+
+__all__ = [
+    "FormatError",
+    "FxMergeError",
+    "FxMergeWarning",
+    "InputError",
+    "MergeResult",
+    "StructureError",
+    "TraceError",
+    "UnknownOpError",
+    "VerifyError",
+    "align",
+    "infer_classes",
+    "load",
+    "merge",
+    "permute",
+    "rule",
+    "save",
+    "verify",
+]

@@ -1,0 +1,145 @@
+"""Union-find over neurons, with the facts that tell them apart.
+
+An *atom* is one neuron seen at one place: one index of one axis of one parameter, or a block of such (an attention
+head, a group). Rules say three things about atoms and nothing else:
+
+- ``union``: these are the same neuron and always move together;
+- ``under``: this one lives inside that block, and moves where the block moves;
+- ``tag``: this one carries a mark; only atoms with the same marks can stand in for each other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+Ints = NDArray[np.int64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mix(x: Ints | int) -> Ints:
+    """A 64-bit hash (splitmix64), elementwise. Sums of it are order-free fingerprints of multisets."""
+    with np.errstate(over="ignore"):
+        z = np.asarray(x).astype(np.uint64) + _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return (z ^ (z >> np.uint64(31))).astype(np.int64)
+
+
+def unique_pairs(x: Ints, y: Ints) -> tuple[Ints, Ints]:
+    """The distinct pairs (x[i], y[i]), sorted."""
+    if not x.size:
+        return x, y
+    low, span = int(y.min()), int(y.max()) - int(y.min()) + 1
+    if int(abs(x).max()) < 2**62 // span:
+        code = np.unique(x * span + (y - low))
+        return code // span, code % span + low
+    rows = np.unique(np.stack([x, y], 1), axis=0)
+    return rows[:, 0], rows[:, 1]
+
+
+class Atoms:
+    """The growing set of atoms and what is known of them."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._root = np.zeros(1024, np.int64)
+        self._origin = np.zeros(1024, np.int64)
+        self._block = np.zeros(1024, np.int64)
+        self.edges: list[tuple[Ints, Ints]] = []
+        self.tags: list[tuple[Ints, Ints, str | None]] = []
+        self._marks = 0
+
+    def fresh(self, count: int, origin: int) -> Ints:
+        """``count`` new atoms; ``origin`` names the axis (or block set) that they come from."""
+        start, self.size = self.size, self.size + count
+        if self.size > len(self._root):
+            capacity = 2 * self.size
+            for name in ("_root", "_origin", "_block"):
+                old = getattr(self, name)
+                new = np.zeros(capacity, np.int64)
+                new[:start] = old[:start]
+                setattr(self, name, new)
+        ids = np.arange(start, self.size)
+        self._root[start : self.size] = ids
+        self._origin[start : self.size] = origin
+        self._block[start : self.size] = -1
+        return ids
+
+    def find(self, ids: Ints) -> Ints:
+        """The representative of each atom, which is the earliest atom united with it; -1 (no neuron) stays -1."""
+        root = self._root
+        safe = np.maximum(ids, 0)
+        found = root[safe]
+        while True:
+            up = root[found]
+            if np.array_equal(up, found):
+                break
+            found = up
+        root[safe.ravel()] = found.ravel()
+        return np.where(ids < 0, -1, found)
+
+    def origin(self, ids: Ints) -> Ints:
+        return self._origin[ids]
+
+    def union(self, x: Ints, y: Ints) -> None:
+        """Atoms x[i] and y[i] are the same neuron."""
+        x, y = self.find(x), self.find(y)
+        differ = x != y
+        low, high = np.minimum(x, y)[differ], np.maximum(x, y)[differ]
+        if not low.size:
+            return
+        if len(np.unique(high)) == len(high) and not np.isin(low, high).any():
+            roots = low
+        else:  # chains within one call: close them first
+            ids, flat = np.unique(np.concatenate([low, high]), return_inverse=True)
+            a, b = flat[: len(low)], flat[len(low) :]
+            _, part = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(ids),) * 2), directed=False)
+            first = np.full(part.max() + 1, np.iinfo(np.int64).max)
+            np.minimum.at(first, part, ids)
+            high, roots = ids, first[part]
+        lost = self._block[roots] < 0
+        self._block[roots[lost]] = self._block[high[lost]]
+        self._root[high] = roots
+
+    def under(self, child: Ints, block: Ints) -> None:
+        """Atom child[i] lives inside block[i]."""
+        child, block = self.find(child), self.find(block)
+        self.edges.append((child, block))
+        orphan = self._block[child] < 0
+        self._block[child[orphan]] = block[orphan]
+
+    def blocks(self, atoms: Ints, group: Ints) -> tuple[Ints, Ints]:
+        """Blocks for a partition of atoms: distinct groups, and the block atom of each; known blocks are reused."""
+        atoms, group = unique_pairs(self.find(atoms), group)
+        groups, where = np.unique(group, return_inverse=True)
+        known = self.find(self._block[atoms])
+        held, block = unique_pairs(where[known >= 0], known[known >= 0])
+        if len(held) == len(groups) == len(np.unique(held)) == len(np.unique(block)):
+            loose = known < 0
+            if loose.any():
+                self.under(atoms[loose], block[where[loose]])
+            return groups, block
+        # in order of their first atom, so that numbering follows the network and not hash values
+        earliest = np.full(len(groups), self.size)
+        np.minimum.at(earliest, where, atoms)
+        fresh = self.fresh(len(groups), -1)[np.argsort(np.argsort(earliest))]
+        self.under(atoms, fresh[where])
+        return groups, fresh
+
+    def tag(self, atoms: Ints, marks: Ints, reason: str | None = None) -> None:
+        """Atom i carries marks[i]; ``reason`` is what a report says of atoms that this leaves without a peer."""
+        self.tags.append((atoms, np.broadcast_to(marks, atoms.shape), reason))
+
+    def mark(self) -> int:
+        """A mark not used before. Marks depend only on the order of operations, so equal graphs get equal marks."""
+        self._marks += 1
+        return int(mix(self._marks << 32))
+
+    def pin(self, atoms: Ints, reason: str) -> None:
+        """None of these may move: each gets a mark of its own, by order of appearance."""
+        roots, first = np.unique(self.find(atoms[atoms >= 0]), return_index=True)
+        self.tag(roots, mix(self.mark() + first), reason)

@@ -1,0 +1,315 @@
+"""From ties to classes: which neurons may stand in for each other, and in which blocks.
+
+The interpretation leaves a set of atoms with three kinds of facts (see ``atoms``). Two atoms may be exchanged where
+nothing tells them apart: same sites, same marks, and blocks and members that are alike in turn. That is colour
+refinement, and on trees (heads, groups) and products (a scale shared by all heads) it finds the whole symmetry.
+
+    atoms  --colours-->  kinds  --a block with one member of a kind is that member-->  classes, parents first
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fxmerge.atoms import Ints, mix
+from fxmerge.errors import UnknownOpError
+from fxmerge.interpret import Interpretation
+from fxmerge.ir import AxisClass, AxisClasses, Site, Tap, Traced
+from fxmerge.trace import trace
+
+
+def infer_classes(module: nn.Module | Traced, example_inputs: Any = None, *, strict: bool = False) -> AxisClasses:
+    """Finds which neurons of a network may be permuted together without changing its function.
+
+    Args:
+        module: the network, or what ``trace`` made of it.
+        example_inputs: a tensor, tuple or dict to run it on; taken from the first layers where these leave no doubt.
+        strict: raise where an operation has no rule, instead of pinning what it touches.
+
+    Raises:
+        TraceError: the module cannot be traced.
+        UnknownOpError: under ``strict``, naming node and operation.
+    """
+    traced = module if isinstance(module, Traced) else trace(module, example_inputs)
+    interpretation = Interpretation(traced)
+    interpretation.run()
+    if strict and interpretation.unknown_ops:
+        node, op = interpretation.unknown_ops[0]
+        raise UnknownOpError(
+            f"no rule for operation '{op}' at node '{node}'. Register one with @fxmerge.rule('{op}'), "
+            "or leave out strict=True to pin what it touches."
+        )
+    return _close(interpretation)
+
+
+def _colours(size: int, kinds: Ints, child: Ints, block: Ints) -> Ints:
+    """Refines colours until blocks and members tell nothing new apart."""
+    colour, count = kinds, 0
+    live = np.unique(np.concatenate([child, block])) if child.size else child
+    while child.size:
+        distinct = len(np.unique(colour[live]))
+        if distinct == count:
+            break
+        count = distinct
+        finer = mix(colour)
+        np.add.at(finer, child, mix(colour[block] ^ 0x55))
+        np.add.at(finer, block, mix(colour[child] ^ 0x3333))
+        colour = finer
+    return colour
+
+
+def _close(found: Interpretation) -> AxisClasses:
+    atoms, size = found.atoms, found.atoms.size
+    everything = np.arange(size)
+    origin = atoms.origin(everything)
+    base = np.zeros(size, np.int64)
+    np.add.at(base, everything, mix(origin + 1))
+    reasons: dict[int, str] = {}
+    first_colour: Ints | None = None
+    while True:
+        root = atoms.find(everything)
+        kinds = np.zeros(size, np.int64)
+        np.add.at(kinds, root, base)
+        for tagged, marks, _ in atoms.tags:
+            np.add.at(kinds, root[tagged], mix(marks))
+        child, block = _edges(atoms, root)
+        colour = _colours(size, kinds, child, block)
+        if first_colour is None:
+            first_colour = colour[root]
+        if not _absorb(atoms, colour, child, block, root):
+            break
+    assert first_colour is not None
+    for tagged, _, reason in atoms.tags:
+        if reason is not None:
+            for k in root[tagged]:
+                reasons.setdefault(int(k), reason)
+    return _build(found, root, colour, child, block, reasons, first_colour)
+
+
+def _edges(atoms: Any, root: Ints) -> tuple[Ints, Ints]:
+    if not atoms.edges:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    child = root[np.concatenate([c for c, _ in atoms.edges])]
+    block = root[np.concatenate([b for _, b in atoms.edges])]
+    pairs = np.unique(np.stack([child, block], 1)[child != block], axis=0)
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> bool:
+    """What can only move together becomes one neuron: blocks with the same members, a block and its one member of a kind."""
+    if not child.size:
+        return False
+    changed = False
+    ties, where = np.unique(np.stack([colour[child], block], 1), axis=0, return_inverse=True)
+    members = np.zeros(len(ties), np.int64)
+    np.add.at(members, where.ravel(), mix(child))
+    _, first, again = np.unique(members, return_index=True, return_inverse=True)
+    twins = np.stack([ties[:, 1], ties[first[again], 1]], 1)
+    twins = twins[twins[:, 0] != twins[:, 1]]
+    if len(twins):
+        atoms.union(twins[:, 0], twins[:, 1])
+        return True
+    counts = dict(zip(*np.unique(colour[np.unique(root)], return_counts=True), strict=True))
+    pairs = np.stack([colour[child], colour[block]], 1)
+    kinds, where = np.unique(pairs, axis=0, return_inverse=True)
+    where = where.ravel()
+    for k, (c, b) in enumerate(kinds):
+        if counts[c] != counts[b] or c == b:
+            continue
+        at = where == k
+        if at.sum() == counts[c] == len(np.unique(child[at])) == len(np.unique(block[at])):
+            atoms.union(child[at], block[at])
+            changed = True
+    return changed
+
+
+def _build(
+    found: Interpretation, root: Ints, colour: Ints, child: Ints, block: Ints, reasons: dict[int, str], slot_colour: Ints
+) -> AxisClasses:
+    roots = np.unique(root)
+    shades, kind, counts = np.unique(colour[roots], return_inverse=True, return_counts=True)
+    kind_of = np.full(len(root), -1)
+    kind_of[roots] = kind
+    members = np.split(roots[np.argsort(kind, kind="stable")], np.cumsum(counts)[:-1])
+    parents = _parents(members, kind_of, counts, child, block)
+    pinned = _pinned(members, kind_of, counts, child, block, reasons, found)
+
+    # Kinds of one pinned neuron each, with the same sites and the same reason, read better as one pinned class.
+    groups: list[tuple[list[int], str | None]] = []
+    together: dict[Any, list[int]] = {}
+    signature = np.zeros(len(root), np.int64)
+    np.add.at(signature, root, mix(found.atoms.origin(np.arange(len(root))) + 1))
+    for k in range(len(shades)):
+        reason = pinned.get(k)
+        if reason is None:
+            groups.append(([k], None))
+            continue
+        key = (reason, int(signature[members[k][0]]))
+        if key in together:
+            together[key].append(k)
+        else:
+            together[key] = [k]
+            groups.append((together[key], reason))
+    order = _parents_first(groups, members, parents)
+
+    number = np.full(len(root), -1)  # root -> class
+    place = np.full(len(root), -1)  # root -> its index in the class
+    merged: list[Ints] = []
+    for new, g in enumerate(order):
+        who = np.sort(np.concatenate([members[k] for k in groups[g][0]]))
+        number[who], place[who] = new, np.arange(len(who))
+        merged.append(who)
+    sites = _sites(found, root, number, place, slot_colour, len(order))
+    taps = _taps(found, root, number, place, [len(m) for m in merged])
+    classes, names = [], {}
+    for new, g in enumerate(order):
+        kinds, reason = groups[g]
+        who = merged[new]
+        above, columns = [], []
+        if reason is None:
+            for b in parents[kinds[0]]:
+                above.append(int(number[members[b][0]]))
+                columns.append(place[parents[kinds[0]][b][who]])
+        first = min(sites[new], key=lambda s: (found.sites.index(s), s)) if sites[new] else None
+        name = str(first) if first is not None else "blocks"
+        if name in names:
+            name += f"[{int(sites[new][first].min())}]" if first is not None else f" {new}"
+        while name in names:
+            name += "'"
+        names[name] = new
+        classes.append(
+            AxisClass(
+                name=name,
+                size=len(who),
+                sites=sites[new],
+                parents=tuple(above),
+                blocks=torch.from_numpy(np.stack(columns, 1)) if columns else torch.zeros(len(who), 0, dtype=torch.int64),
+                pinned=reason,
+                taps=tuple(taps[new]),
+            )
+        )
+    return AxisClasses(
+        classes=tuple(classes),
+        reads=frozenset(found.reads),
+        aliases=found.aliases,
+        unknown=tuple(dict.fromkeys(found.unknown_ops)),
+        traced=found.traced,
+    )
+
+
+def _parents(members: list[Ints], kind_of: Ints, counts: Ints, child: Ints, block: Ints) -> list[dict[int, dict[int, int] | Any]]:
+    """Per kind: parent kind -> (root of a member -> root of its block), without blocks that cannot move or are implied."""
+    direct: list[dict[int, Any]] = [{} for _ in members]
+    if child.size:
+        moving = counts[kind_of[block]] > 1
+        child, block = child[moving], block[moving]
+        code = np.stack([kind_of[child], kind_of[block]], 1)
+        kinds, where = np.unique(code, axis=0, return_inverse=True)
+        where = where.ravel()
+        for k, (c, b) in enumerate(kinds):
+            at = where == k
+            if c != b and at.sum() == counts[c]:  # one block of that kind each
+                lookup = np.full(len(kind_of), -1)
+                lookup[child[at]] = block[at]
+                direct[c][int(b)] = lookup
+
+    def above(k: int, seen: frozenset[int] = frozenset()) -> set[int]:
+        out: set[int] = set()
+        for b in direct[k]:
+            if b not in seen:
+                out |= {b} | above(b, seen | {b})
+        return out
+
+    ancestors = [above(k) for k in range(len(members))]
+    return [{b: v for b, v in d.items() if not any(b in ancestors[o] for o in d if o != b)} for d in direct]
+
+
+def _pinned(
+    members: list[Ints], kind_of: Ints, counts: Ints, child: Ints, block: Ints, reasons: dict[int, str], found: Interpretation
+) -> dict[int, str]:
+    """Kinds of a single neuron that others were told apart from, with the reason."""
+    alone = np.zeros(len(kind_of), bool)
+    for k, who in enumerate(members):
+        if counts[k] == 1:
+            alone[who] = True
+    near: dict[int, list[int]] = {}
+    for c, b in zip(child.tolist(), block.tolist(), strict=True):
+        if alone[c] and alone[b]:
+            near.setdefault(c, []).append(b)
+            near.setdefault(b, []).append(c)
+    pinned: dict[int, str] = {}
+    queue = [int(r) for r in np.flatnonzero(alone) if int(r) in reasons]
+    known = {r: reasons[r] for r in queue}
+    while queue:
+        r = queue.pop()
+        for o in near.get(r, []):
+            if o not in known:
+                known[o] = known[r]
+                queue.append(o)
+    for r, reason in known.items():
+        pinned[int(kind_of[r])] = reason
+    return pinned
+
+
+def _parents_first(groups: list[tuple[list[int], str | None]], members: list[Ints], parents: list[dict[int, Any]]) -> list[int]:
+    group_of = {k: g for g, (kinds, _) in enumerate(groups) for k in kinds}
+    done: dict[int, None] = {}
+
+    def visit(g: int) -> None:
+        if g in done:
+            return
+        kinds, reason = groups[g]
+        if reason is None:
+            for b in parents[kinds[0]]:
+                visit(group_of[b])
+        done[g] = None
+
+    for g in sorted(range(len(groups)), key=lambda g: min(int(members[k][0]) for k in groups[g][0])):
+        visit(g)
+    return list(done)
+
+
+def _sites(found: Interpretation, root: Ints, number: Ints, place: Ints, slot_colour: Ints, count: int) -> list[dict[Site, torch.Tensor]]:
+    """Per class: site -> [size, m] places, the m places of all neurons in matching order."""
+    origin = found.atoms.origin(np.arange(len(root)))
+    raw = np.flatnonzero(origin >= 0)
+    index = raw - np.asarray(found.starts)[origin[raw]] if len(found.starts) else raw
+    cls, pos = number[root[raw]], place[root[raw]]
+    # places of the same nature in all neurons stand in one column; columns by their first place
+    _, nature = np.unique(np.stack([cls, origin[raw], slot_colour[raw]], 1), axis=0, return_inverse=True)
+    nature = nature.ravel()
+    first = np.full(nature.max() + 1 if len(nature) else 0, len(root))
+    np.minimum.at(first, nature, index)
+    order = np.lexsort((index, first[nature], pos, origin[raw], cls))
+    sites: list[dict[Site, torch.Tensor]] = [{} for _ in range(count)]
+    key = np.stack([cls[order], origin[raw][order]], 1)
+    cuts = np.flatnonzero((np.diff(key, axis=0) != 0).any(1)) + 1
+    for part in np.split(order, cuts):
+        if len(part):
+            c, o = int(cls[part[0]]), int(origin[raw][part[0]])
+            n = len(np.unique(pos[part]))
+            sites[c][found.sites[o]] = torch.from_numpy(index[part].reshape(n, -1))
+    return sites
+
+
+def _taps(found: Interpretation, root: Ints, number: Ints, place: Ints, sizes: list[int]) -> list[list[Tap]]:
+    taps: list[list[Tap]] = [[] for _ in sizes]
+    made = found.contracting
+    nodes = found.traced.graph_module.graph.nodes
+    read = {source.name for node in nodes if node.name in made for source in node.all_input_nodes}
+    for node, axis, ids in found.seen:
+        kind = "made" if node in made else "read" if node in read else "other"
+        at = np.flatnonzero(ids >= 0)
+        who = root[ids[at]]
+        cls, pos = number[who], place[who]
+        for c in np.unique(cls):
+            mine = np.flatnonzero(cls == c)
+            mine = mine[np.argsort(pos[mine], kind="stable")]
+            counts = np.bincount(pos[mine], minlength=sizes[c])
+            if counts.min() == counts.max():
+                taps[c].append(Tap(node, axis, torch.from_numpy(at[mine].reshape(sizes[c], -1)), kind))
+    return taps

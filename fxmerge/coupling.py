@@ -1,0 +1,155 @@
+"""Couplings: making them from permutations, and carrying parameters across them.
+
+One formula serves every method and every weight:
+
+    W_fused = merge_out @ blockdiag(W_a, W_b, ..) @ unmerge_in  =  sum over parents k of  merge_k W_k unmerge_k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fxmerge.ir import Alignment, AxisClasses, Coupling, Site
+from fxmerge.linalg import multiply_axis
+
+
+def from_permutations(
+    classes: AxisClasses,
+    permutations: Sequence[Sequence[Tensor]],
+    weights: Sequence[float],
+    method: str,
+    quality: Mapping[int, float] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Alignment:
+    """Couplings of parents whose neurons correspond one to one.
+
+    Args:
+        classes: the first parent's.
+        permutations: per parent, per class int64 [n]: p[i] is that parent's neuron at place i of the fused network.
+        weights: the parents' shares.
+    """
+    couplings = []
+    for k, c in enumerate(classes):
+        rows = [torch.eye(c.size)[p[k]] for p in permutations]  # [n, n]: 1 at (i, p[i])
+        merge = torch.cat([w * r for w, r in zip(weights, rows, strict=True)], 1)
+        couplings.append(Coupling(merge, torch.cat([r.T for r in rows], 0), (c.size,) * len(rows)))
+    return Alignment(tuple(couplings), method, dict(quality or {}), notes)
+
+
+def fuse(
+    parents: Sequence[AxisClasses], alignment: Alignment, states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """The fused network's parameters and buffers, under the first parent's names.
+
+    Args:
+        parents: classes of each parent, in corresponding order.
+        alignment: one coupling per class.
+        states: each parent's parameters and buffers.
+        weights: shares, for tensors that have no neurons. Integers and constants that agree are taken as they are.
+    """
+    touched = [p.by_tensor() for p in parents]
+    fused: dict[str, Tensor] = {}
+    for name, first in states[0].items():
+        values = [s[name] for s in states]
+        entries = [t.get(name) for t in touched]
+        if entries[0] is None:
+            alike = all(v.shape == first.shape and torch.equal(v.to(first.device), first) for v in values[1:])
+            if alike or not first.is_floating_point():
+                fused[name] = first.clone()
+            else:
+                fused[name] = sum(w * v for w, v in zip(weights, values, strict=True)).to(first.dtype)  # type: ignore[union-attr]
+            continue
+        total: Tensor | None = None
+        for k, value in enumerate(values):
+            part = _carry(value, entries[k] or [], entries[0], alignment, k, parents[0], weights[k])
+            total = part if total is None else total + part
+        assert total is not None
+        fused[name] = total.to(first.dtype)
+    for name, aliases in parents[0].aliases.items():
+        for alias in aliases:
+            if alias in fused:
+                fused[alias] = fused[name]
+    return fused
+
+
+Entry = tuple[Site, int, Tensor]
+
+
+def _carry(
+    value: Tensor,
+    own: Sequence[Entry],
+    target: Sequence[Entry],
+    alignment: Alignment,
+    k: int,
+    classes: AxisClasses,
+    weight: float,
+) -> Tensor:
+    """One parent's share of a fused tensor: each axis goes through its classes' couplings."""
+    if value.dtype in (torch.float16, torch.bfloat16):
+        value = value.float()
+    sites = list(dict.fromkeys(site for site, _, _ in own))
+    makes = [s for s in sites if s not in classes.reads]
+    # exactly one axis carries the parents' shares; the others only say who is where
+    free = [s for s in makes if any(s == t and classes[c].free for t, c, _ in own)]
+    carrier = next(iter(free or makes), None)
+    if carrier is None:
+        value = weight * value
+    for site in sites:
+        pieces = []
+        for (s, c, index), (_, _, goal) in zip(own, target, strict=True):
+            if s == site:
+                pieces.append((index, goal, _side(alignment.couplings[c], k, site == carrier)))
+        value = _through(value, site, pieces) if site.groups == 1 else _through_groups(value, site, own, alignment, k, pieces)
+    return value
+
+
+def _side(coupling: Coupling, k: int, carries: bool) -> Tensor:
+    """[n, n_k]: rows made by merging, or columns read back."""
+    if carries:
+        return coupling.merge.split(coupling.widths, 1)[k]
+    return coupling.unmerge.split(coupling.widths, 0)[k].T
+
+
+def _through(value: Tensor, site: Site, pieces: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Every class on an axis through its own matrix; places of a neuron move together."""
+    axis = site.axis
+    if len(pieces) == 1 and pieces[0][0].shape[1] == 1 and _in_order(pieces[0][0], value.shape[axis]) and _in_order(pieces[0][1], None):
+        return multiply_axis(value, axis, pieces[0][2].to(value))
+    width = sum(goal.numel() for _, goal, _ in pieces)
+    out = value.new_zeros([width if d == axis else s for d, s in enumerate(value.shape)])
+    for index, goal, matrix in pieces:
+        n, m = index.shape
+        part = value.index_select(axis, index.reshape(-1).to(value.device)).unflatten(axis, (n, m))
+        part = multiply_axis(part, axis, matrix.to(value)).flatten(axis, axis + 1)
+        out.index_copy_(axis, goal.reshape(-1).to(value.device), part)
+    return out
+
+
+def _in_order(index: Tensor, width: int | None) -> bool:
+    n = index.numel()
+    return index.shape[1] == 1 and (width is None or n == width) and bool((index[:, 0] == torch.arange(n)).all())
+
+
+def _through_groups(
+    value: Tensor, site: Site, own: Sequence[Entry], alignment: Alignment, k: int, pieces: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Tensor:
+    """The input axis of a grouped convolution, after axis 0 went through its own couplings.
+
+    Rows are already in the fused network's groups. Row group g reads the parent group that its rows came from, so the
+    matrix [g * i, g' * i'] is needed on the blocks (g, g') that axis 0 joined, weighed by how much.
+    """
+    width = value.shape[1] * site.groups
+    matrix = value.new_zeros(width, width)
+    for index, goal, piece in pieces:
+        for a in range(index.shape[1]):
+            matrix[goal[:, a][:, None].to(value.device), index[:, a][None, :].to(value.device)] = piece.to(value)
+    g, inside = site.groups, value.shape[1]
+    blocks = matrix.reshape(g, inside, g, inside)
+    strength = blocks.abs().amax((1, 3))
+    source = strength.argmax(1)
+    chosen = blocks[torch.arange(g, device=value.device), :, source]  # [g, i, i']
+    rows = value.reshape(g, -1, *value.shape[1:])
+    return torch.einsum("gij,goj...->goi...", chosen, rows).reshape(value.shape)

@@ -1,0 +1,33 @@
+"""Errors: each message says what went wrong, where, and the way out."""
+
+
+class FxMergeError(Exception):
+    """Base class of every error that fxmerge raises on purpose."""
+
+
+class TraceError(FxMergeError):
+    """The module could not be turned into a graph that reproduces it."""
+
+
+class InputError(FxMergeError):
+    """Example inputs, data or parameters cannot be used as given."""
+
+
+class StructureError(FxMergeError):
+    """The parents differ in a way that no coupling of neurons can bridge."""
+
+
+class UnknownOpError(FxMergeError):
+    """An operation without a rule was met under ``strict=True``."""
+
+
+class VerifyError(FxMergeError):
+    """An inferred symmetry, or a rewritten graph, changed the function."""
+
+
+class FormatError(FxMergeError):
+    """A saved folder is damaged, foreign, or would be overwritten."""
+
+
+class FxMergeWarning(UserWarning):
+    """Something was left out or pinned; the result is right but less than it could be."""

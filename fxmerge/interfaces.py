@@ -1,0 +1,74 @@
+"""What a method must be: abstract bases with concrete leaves and nothing in between."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from fxmerge.ir import Alignment, AxisClasses
+
+if TYPE_CHECKING:
+    from fxmerge.stats import Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a matcher is given.
+
+    Attributes:
+        classes: per parent, in corresponding order.
+        states: per parent, parameters and buffers by name, on the working device.
+        weights: the parents' shares, summing to 1.
+        statistics: activations' second moments, or None where no data was given.
+        seed: of every random choice.
+        progress: whether to show progress bars.
+    """
+
+    classes: tuple[AxisClasses, ...]
+    states: tuple[Mapping[str, Tensor], ...]
+    weights: tuple[float, ...]
+    statistics: Statistics | None
+    seed: int = 0
+    progress: bool = False
+
+
+class AbstractMatcher(ABC):
+    """Finds one coupling per class. ``needs_data``: whether it reads ``Problem.statistics``."""
+
+    needs_data: bool = False
+
+    @abstractmethod
+    def match(self, problem: Problem) -> Alignment:
+        """Aligns all parents to the first."""
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({options})"
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a repair is given besides the fused module: the parents, how they were fused, and data."""
+
+    classes: tuple[AxisClasses, ...]
+    alignment: Alignment
+    weights: tuple[float, ...]
+    batches: Iterable[Any]
+    feed: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
+    device: torch.device
+    progress: bool = False
+
+
+class AbstractRepair(ABC):
+    """Changes a fused module in place so that its activations look like its parents'."""
+
+    @abstractmethod
+    def repair(self, module: fx.GraphModule, context: Context) -> str:
+        """Repairs ``module`` and says in a few words what was done."""
+
+    __str__ = AbstractMatcher.__str__

@@ -1,0 +1,318 @@
+"""Running a graph on labels: every operation is caught whole, below its spelling, and its rule applied.
+
+The graph runs for real on the example inputs while a dispatch mode watches at the level above autograd, where
+``nn.Linear``, ``F.linear`` and a Tensor method are one operator and linear, convolution, norms and attention are
+not yet taken apart. Values that depend on neither inputs nor parameters are constants, and known by value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.backends.mha
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxmerge.atoms import Atoms
+from fxmerge.ir import Site, Traced
+from fxmerge.labels import Context, Label, varying
+from fxmerge.rules import RULES
+from fxmerge.trace import evaluating
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One operator call on labels.
+
+    Attributes:
+        name: the operation, e.g. "add" or "torchvision::nms".
+        function: the operator itself; running it on label tensors is how movement rules work.
+        arguments: schema name -> value, defaults included; a Label for every tensor that carries neurons or data.
+        shapes: the shapes of the tensors it returned.
+    """
+
+    name: str
+    function: Any
+    arguments: Mapping[str, Any]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.arguments.get(name, default)
+
+    def labels(self) -> list[Label]:
+        """All argument labels, in order."""
+        leaves = pytree.tree_leaves(list(self.arguments.values()), is_leaf=lambda x: isinstance(x, Label))
+        return [x for x in leaves if isinstance(x, Label)]
+
+    def tensors(self) -> list[Any]:
+        """All arguments that are labels or constant tensors, in order."""
+        leaves = pytree.tree_leaves(list(self.arguments.values()), is_leaf=lambda x: isinstance(x, Label))
+        return [x for x in leaves if isinstance(x, (Label, Tensor))]
+
+    def run(self, replaced: Mapping[str, Any]) -> Any:
+        """The operation itself, with some arguments replaced (by label tensors)."""
+        values = {**self.arguments, **replaced}
+        schema = self.function._schema.arguments
+        args = [values[a.name] for a in schema if not a.kwarg_only]
+        kwargs = {a.name: values[a.name] for a in schema if a.kwarg_only}
+        return self.function(*args, **kwargs)
+
+
+def operation_name(function: Any) -> str:
+    """"add" for aten::add_.Tensor, "torchvision::roi_align" for operators of other namespaces."""
+    namespace, name = function._schema.name.split("::")
+    if function._schema.is_mutable and name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    return name if namespace == "aten" else f"{namespace}::{name}"
+
+
+def _key(t: Tensor) -> tuple[Any, ...]:
+    """Identity by storage, so that tied weights are one whatever their names."""
+    return (t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape), tuple(t.stride()), t.dtype)
+
+
+class Interpretation(Context):
+    """Labels of every value of one traced module. ``seen`` has (node, dimension, atoms along it) of node outputs."""
+
+    def __init__(self, traced: Traced) -> None:
+        super().__init__(Atoms())
+        self.traced = traced
+        self.unknown_ops: list[tuple[str, str]] = []
+        self.seen: list[tuple[str, int, np.ndarray]] = []
+        self._labels: dict[int, tuple[Tensor, Label]] = {}  # id -> (the tensor, kept alive so that ids stay unique)
+        self._names: dict[tuple[Any, ...], str] = {}
+        self._state: dict[tuple[Any, ...], str] = {}
+        self.aliases: dict[str, tuple[str, ...]] = {}
+        root = traced.graph_module
+        for name, p in root.named_parameters(remove_duplicate=False):
+            self._register(name, p, self._names)
+        for name, b in root.named_buffers(remove_duplicate=False):
+            self._register(name, b, self._state)
+
+    def _register(self, name: str, t: Tensor, table: dict[tuple[Any, ...], str]) -> None:
+        if not t.numel():
+            return
+        first = table.setdefault(_key(t), name)
+        if first != name:
+            self.aliases[first] = (*self.aliases.get(first, ()), name)
+
+    # -- looking labels up ---------------------------------------------------------------------------------------
+
+    def label_of(self, t: Tensor) -> Label | None:
+        """The label of a tensor; None for constants."""
+        held = self._labels.get(id(t))
+        if held is not None:
+            return held[1]
+        name = self._names.get(_key(t)) if t.numel() and not t.is_sparse else None
+        return None if name is None else self._remember(t, self._parameter(name, t))
+
+    def state(self, t: Tensor | Label) -> Label:
+        """A buffer that is trained state (running statistics): labelled like a parameter."""
+        if isinstance(t, Label):
+            return t
+        held = self._labels.get(id(t))
+        if held is not None:
+            return held[1]
+        name = self._state.get(_key(t))
+        return self.constant(t) if name is None else self._remember(t, self._parameter(name, t))
+
+    def weight(self, t: Tensor, groups: int) -> Label:
+        """A convolution's weight [out, in / groups, *kernel]: with groups, every group has inputs of its own."""
+        held = self._labels.get(id(t))
+        name = self._names.get(_key(t))
+        if held is not None or name is None:
+            return self.constant(t) if held is None else held[1]
+        out, inside = t.shape[:2]
+        neurons = []
+        site = self.site(Site(name, 0), out)
+        read = self.site(Site(name, 1, groups), groups * inside)
+        rows = torch.from_numpy(read).reshape(groups, inside).repeat_interleave(out // groups, 0)
+        if groups > 1:
+            group = np.arange(groups)
+            _, block = self.atoms.blocks(site, group.repeat(out // groups))
+            self.atoms.under(read, block.repeat(inside))
+        shape = tuple(t.shape)
+        if out > 1:
+            neurons.append(torch.from_numpy(site).reshape(out, *[1] * (len(shape) - 1)))
+        if rows.numel() > 1 and groups * inside > 1:
+            neurons.append((rows if groups > 1 else rows[:1]).reshape(-1, inside, *[1] * (len(shape) - 2)))
+        fixed = self.positions(shape, range(2, len(shape)))
+        return self._remember(t, Label(shape, tuple(neurons), fixed, learned=True))
+
+    def lift(self, x: Any) -> Label:
+        """A label for any argument: constants by value."""
+        if isinstance(x, Label):
+            return x
+        if isinstance(x, Tensor):
+            return self.constant(x)
+        return Label((), learned=True)
+
+    def _parameter(self, name: str, t: Tensor) -> Label:
+        """Every index of every axis is a neuron."""
+        shape = tuple(t.shape)
+        neurons = []
+        for d, size in enumerate(shape):
+            if size > 1:
+                sizes = [size if k == d else 1 for k in range(len(shape))]
+                neurons.append(torch.from_numpy(self.site(Site(name, d), size)).reshape(sizes))
+        return Label(shape, tuple(neurons), learned=True)
+
+    def _remember(self, t: Tensor, label: Label) -> Label:
+        self._labels[id(t)] = (t, label)
+        return label
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Runs the graph once; afterwards ``atoms``, ``sites``, ``reads`` and ``seen`` hold all there is to know."""
+        traced = self.traced
+        runner = _Runner(traced.graph_module, self)
+        given = [x for x in pytree.tree_leaves((traced.args, dict(traced.kwargs))) if isinstance(x, Tensor)]
+        for t in given:
+            label = Label(tuple(t.shape), fixed=self.positions(t.shape), why="the network's input")
+            self._remember(t, label)
+        with evaluating(traced.graph_module), _without_fast_paths(), enable_python_dispatcher(), _Watch(self):
+            outputs = runner.run(*runner.bind(traced.args, traced.kwargs))
+        for t in pytree.tree_leaves(outputs):
+            if isinstance(t, Tensor) and (label := self.label_of(t)) is not None:
+                self.place = "output"
+                self.pin(label, "the network's output")
+        self._labels.clear()
+
+    def see(self, node: fx.Node, value: Any) -> None:
+        """Notes in which dimension of a node's output which neurons show."""
+        if isinstance(value, Tensor) and (label := self.label_of(value)) is not None:
+            for t in label.neurons:
+                axes = varying(t)
+                if len(axes) == 1:
+                    self.seen.append((node.name, axes[0], t.numpy().ravel()))
+
+    def apply(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        """The rule of one operator call: reads the labels of its arguments, writes those of its results."""
+        flat = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        name = operation_name(function)
+        rule = RULES.get(name)
+        pending = name in _WEIGHTS  # label these weights by their use
+        skip = args[1] if pending and len(args) > 1 else None
+        known = [t for t in flat if t is not skip and self.label_of(t) is not None]
+        if not known and (skip is None or _key(skip) not in self._names):
+            return
+        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        schema = function._schema.arguments
+        bound = {a.name: a.default_value if a.has_default_value() else None for a in schema}
+        bound.update(zip((a.name for a in schema), args, strict=False))
+        bound.update(kwargs)
+
+        def swap(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x is skip:
+                return x
+            label = self.label_of(x)
+            return x if label is None else label
+
+        arguments = {k: pytree.tree_map(swap, v) for k, v in bound.items()}
+        if skip is not None:
+            arguments["weight"] = self.weight(skip, arguments["groups"])
+        call = Call(name, function, arguments, tuple(tuple(t.shape) for t in outputs))
+        made: Any = None
+        if rule is not None:
+            made = rule(self, call)
+        if made is None or made is NotImplemented:
+            self.unknown_ops.append((self.place, name))
+            for label in call.labels():
+                self.pin(label, f"no rule for {name} at {self.place}")
+            made = [self.unknown(t.shape) for t in outputs]
+        made = [made] if isinstance(made, Label) else list(made)
+        before = args[0] if function._schema.is_mutable and args else None
+        for t, label in zip(outputs, made, strict=False):
+            if t is before and t._base is not None and t._base is not t:
+                self._write_through(t, label)
+            self._remember(t, label)
+
+    def _write_through(self, view: Tensor, label: Label) -> None:
+        """An in-place operation on a view changes what stands in that part of its base."""
+        old = self.label_of(view)
+        base = view._base
+        if base is None or (old is not None and old.neurons == label.neurons and old.fixed == label.fixed):
+            return
+        around = self.label_of(base) or self.constant(base)
+        if not base.is_contiguous():
+            self.pin(around, f"written in place at {self.place}")
+            self.pin(label, f"written in place at {self.place}")
+            return
+        geometry = (tuple(view.shape), tuple(view.stride()), view.storage_offset() - base.storage_offset())
+
+        def write(tensors: list[Tensor]) -> Tensor:
+            whole = tensors[0].contiguous().clone()
+            whole.as_strided(*geometry).copy_(tensors[1])
+            return whole
+
+        self._remember(base, self.join([around, label], write, around.shape))
+
+
+_WEIGHTS = frozenset({"conv1d", "conv2d", "conv3d"})
+
+
+class _Watch(SchemaCheckMode):
+    """Hands every operator call to the interpretation, after running it.
+
+    Modes at the pre-dispatch level, where operators are still whole, must derive from one of three classes of torch;
+    of these this is the one that runs operators eagerly on real tensors.
+    """
+
+    def __init__(self, interpretation: Interpretation) -> None:
+        TorchDispatchMode.__init__(self, _dispatch_key=torch._C.DispatchKey.PreDispatch)
+        self._interpretation = interpretation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self._interpretation.apply(func, args, kwargs, result)
+        return result
+
+
+class _Runner(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, interpretation: Interpretation) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self._interpretation = interpretation
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The values of the placeholders, in their order."""
+        positional, values = list(args), []
+        for node in self.module.graph.nodes:  # type: ignore[union-attr]
+            if node.op != "placeholder":
+                continue
+            if node.target in kwargs:
+                values.append(kwargs[node.target])
+            elif positional:
+                values.append(positional.pop(0))
+            elif node.args:
+                values.append(node.args[0])
+        return values
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._interpretation.place = n.name
+        value = super().run_node(n)
+        self._interpretation.see(n, value)
+        return value
+
+
+@contextmanager
+def _without_fast_paths() -> Any:
+    """Attention is run as projections and scaled dot products, not as one opaque fused kernel."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

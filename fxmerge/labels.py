@@ -1,0 +1,437 @@
+"""What rules say about neurons, in terms of label tensors.
+
+A value's label says, for every entry, *which* neurons it belongs to and *where* it stands. Both are kept as integer
+tensors of the value's own number of dimensions, of size 1 along every dimension in which they do not vary, so that a
+feature map [N, C, H, W] costs C + N + H + W integers.
+
+- ``neurons``: atoms. One tensor per independent kind: a feature map has one (its channels); the parameter [out, in]
+  has two; tokens mixed by a learned matrix have two. -1 means that no neuron stands there (zero padding).
+- ``fixed``: identities that never move, as 64-bit hashes: pixel and token positions, entries of constants.
+
+Moving data moves labels by the very same operation. Everything else comes down to two verbs: ``align`` (entries that
+meet in a pointwise operation) and ``reduce`` (entries that are summed, averaged, normalised over). A contraction is
+both: multiply in the joint index space, then sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from fxmerge.atoms import Atoms, Ints, mix, unique_pairs
+from fxmerge.ir import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Label:
+    """The label of one value; see the module's text. ``learned``: made of parameters and constants alone."""
+
+    shape: tuple[int, ...]
+    neurons: tuple[Tensor, ...] = ()
+    fixed: tuple[Tensor, ...] = ()
+    learned: bool = False
+    why: str = "position"
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def varying(t: Tensor) -> tuple[int, ...]:
+    return tuple(d for d, size in enumerate(t.shape) if size > 1)
+
+
+def narrow(t: Tensor) -> Tensor:
+    """The same label with size 1 along every dimension in which it does not vary."""
+    for d in range(t.dim()):
+        if t.shape[d] > 1 and t.stride(d) == 0:
+            t = t.narrow(d, 0, 1)
+    axes = varying(t)
+    if len(axes) > 1:
+        for d in axes:
+            if bool((t == t.narrow(d, 0, 1)).all()):
+                t = t.narrow(d, 0, 1)
+    elif axes and bool((t == t.flatten()[0]).all()):
+        t = t.narrow(axes[0], 0, 1)
+    return t
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    return any(a > 1 and b > 1 for a, b in zip(x.shape, y.shape, strict=True))
+
+
+def _hash(t: Tensor) -> Tensor:
+    return torch.from_numpy(mix(t.numpy()))
+
+
+class Context:
+    """The verbs that rules speak, over one set of atoms."""
+
+    def __init__(self, atoms: Atoms) -> None:
+        self.atoms = atoms
+        self.sites: list[Site] = []  # origin -> site
+        self.starts: list[int] = []  # origin -> its first atom
+        self.reads: set[Site] = set()
+        self.contracting: set[str] = set()  # nodes at which a contraction with parameters ran
+        self.place = "the graph"  # the node at work, for reasons
+
+    # -- making labels -------------------------------------------------------------------------------------------
+
+    def site(self, site: Site, size: int) -> Ints:
+        """Fresh atoms for one axis of one parameter."""
+        self.sites.append(site)
+        self.starts.append(self.atoms.size)
+        return self.atoms.fresh(size, len(self.sites) - 1)
+
+    def positions(self, shape: Sequence[int], dims: Iterable[int] | None = None) -> tuple[Tensor, ...]:
+        """New fixed identities along each of ``dims`` (default: all) of a value of this shape."""
+        dims = range(len(shape)) if dims is None else dims
+        made = []
+        for d in dims:
+            if shape[d] > 1:
+                sizes = [1] * len(shape)
+                sizes[d] = shape[d]
+                made.append(torch.from_numpy(mix(self.atoms.mark() + np.arange(shape[d]))).reshape(sizes))
+        return tuple(made)
+
+    def constant(self, value: Tensor) -> Label:
+        """A tensor that is no parameter: entries of equal value are alike, all others are told apart."""
+        shape = tuple(value.shape)
+        if value.numel() <= 1:
+            return Label(shape, learned=True)
+        value = value.detach().cpu()
+        _, ids = torch.unique(torch.view_as_real(value) if value.is_complex() else value, return_inverse=True)
+        ids = narrow(ids[..., 0] if value.is_complex() else ids)
+        fixed = () if not varying(ids) else (torch.from_numpy(mix(self.atoms.mark() + ids.numpy())),)
+        return Label(shape, fixed=fixed, learned=True, why="constant values")
+
+    def unknown(self, shape: Sequence[int]) -> Label:
+        """A value of which nothing is known: every entry stands where it stands."""
+        return Label(tuple(shape), fixed=self.positions(shape))
+
+    def pin(self, label: Label, reason: str) -> None:
+        for t in label.neurons:
+            self.atoms.pin(t.numpy().ravel(), reason)
+
+    # -- moving --------------------------------------------------------------------------------------------------
+
+    def move(self, label: Label, function: Callable[[Tensor], Any], shape: Sequence[int]) -> Label:
+        """Data movement runs as itself on every label tensor."""
+
+        def run(t: Tensor) -> Tensor:
+            return narrow(function(t.expand(label.shape)))
+
+        fixed = tuple(t for t in map(run, label.fixed) if varying(t))
+        return replace(label, shape=tuple(shape), neurons=tuple(map(run, label.neurons)), fixed=fixed)
+
+    def join(self, labels: Sequence[Label], function: Callable[[list[Tensor]], Tensor], shape: Sequence[int]) -> Label:
+        """Several values moved into one (cat, stack, an in-place write): label tensors are paired by what they vary in."""
+
+        def paired(kind: str) -> tuple[Tensor, ...]:
+            rows: list[list[Tensor | None]] = []
+            for k, label in enumerate(labels):
+                left = list(getattr(label, kind))
+                for row in rows:  # first those that vary in the same dimensions
+                    like = next(t for t in row if t is not None)
+                    same = next((t for t in left if varying(t) == varying(like)), None)
+                    if same is not None:
+                        left = [t for t in left if t is not same]
+                    row.append(same)
+                for t in left:
+                    free = next((row for row in rows if row[k] is None), None)
+                    if free is None:
+                        rows.append([None] * k + [t])
+                    else:
+                        free[k] = t
+            made = []
+            for row in rows:
+                full = [
+                    torch.full((1,) * label.ndim, -1).expand(label.shape) if t is None else t.expand(label.shape)
+                    for label, t in zip(labels, row, strict=True)
+                ]
+                made.append(narrow(function(full)))
+            return tuple(t for t in made if kind == "neurons" or varying(t))
+
+        why = next((label.why for label in labels if label.fixed and label.why != "position"), "position")
+        learned = all(label.learned for label in labels)
+        return Label(tuple(shape), paired("neurons"), paired("fixed"), learned, why)
+
+    # -- meeting -------------------------------------------------------------------------------------------------
+
+    def align(self, *labels: Label, shape: Sequence[int] | None = None) -> Label:
+        """A pointwise operation with broadcasting: what meets in an entry is related.
+
+        One-to-one: the same neurons. Many-to-one: neurons inside blocks. All-to-all, or nothing shared: independent.
+        """
+        shape = tuple(torch.broadcast_shapes(*(x.shape for x in labels))) if shape is None else tuple(shape)
+        learned = all(x.learned for x in labels)
+        if len(labels) == 1 and labels[0].shape == shape:
+            return labels[0]
+
+        def lift(t: Tensor) -> Tensor:
+            return t.reshape((1,) * (len(shape) - t.dim()) + tuple(t.shape))
+
+        neurons: list[Tensor] = []
+        for label in labels:
+            for t in map(lift, label.neurons):
+                neurons = self._meet(neurons, t)
+        fixed: list[Tensor] = []
+        for label in labels:
+            for t in map(lift, label.fixed):
+                fixed = self._tell_apart(fixed, t)
+        why = next((x.why for x in labels if x.fixed and x.why != "position"), "position")
+        neurons = [t for t in neurons if not any(_overlap(t, p) and self._given(t, p, why) for p in fixed)]
+        return Label(shape, tuple(neurons), tuple(fixed), learned, why)
+
+    def _meet(self, known: list[Tensor], new: Tensor) -> list[Tensor]:
+        """``known`` with ``new`` related to each of its members, and what another member implies left out."""
+        kept = []
+        for t in known:
+            if not _overlap(t, new):
+                kept.append(t)
+                continue
+            finer = self._relate(t, new)
+            if finer == "both":
+                kept.append(t)
+            elif finer == "left":
+                new = self._cover(t, new)
+            else:
+                new = self._cover(new, t)
+        return [*kept, new]
+
+    @staticmethod
+    def _cover(fine: Tensor, coarse: Tensor) -> Tensor:
+        """``fine``, and ``coarse`` where no fine neuron stands."""
+        if bool((fine >= 0).all()):
+            return fine
+        return narrow(torch.where(fine >= 0, fine, coarse))
+
+    def _roots(self, t: Tensor) -> Ints:
+        return self.atoms.find(t.numpy())
+
+    def _relate(self, left: Tensor, right: Tensor) -> str:
+        """Relates two label tensors and says which of them determines the other: "left", "right" or "both" (neither)."""
+        x, y = np.broadcast_arrays(self._roots(left), self._roots(right))
+        x, y = x.ravel(), y.ravel()
+        small = "left" if left.numel() <= right.numel() else "right"
+        if np.array_equal(x, y):
+            return small
+        standing = (x >= 0) & (y >= 0)
+        x, y = unique_pairs(x[standing], y[standing])
+        if (x == y).all():
+            return small
+        atoms = self.atoms
+        one_y, one_x = len(np.unique(x)) == len(x), len(np.unique(y)) == len(y)
+        if one_y and one_x:
+            atoms.union(x, y)
+            return small
+        if one_y or one_x:
+            fine, coarse = (x, y) if one_y else (y, x)
+            # from each axis at most one neuron per coarse neuron: then they can only move together
+            if len(unique_pairs(atoms.origin(fine), coarse)[0]) == len(fine):
+                atoms.union(fine, coarse)
+            else:
+                atoms.under(fine, coarse)
+            return "left" if one_y else "right"
+        xs, i = np.unique(x, return_inverse=True)
+        ys, j = np.unique(y, return_inverse=True)
+        count = len(xs) + len(ys)
+        parts, part = connected_components(coo_array((np.ones(len(i)), (i, len(xs) + j)), shape=(count, count)), directed=False)
+        sizes = np.bincount(part[: len(xs)], minlength=parts) * np.bincount(part[len(xs) :], minlength=parts)
+        if (sizes == np.bincount(part[i], minlength=parts)).all():
+            if parts > 1:
+                atoms.blocks(np.concatenate([xs, ys]), part)
+        else:
+            atoms.pin(np.concatenate([xs, ys]), f"entangled at {self.place}")
+        return "both"
+
+    def _tell_apart(self, known: list[Tensor], new: Tensor) -> list[Tensor]:
+        """Adds a fixed identity; those that share a dimension are combined into their pair."""
+        kept = []
+        for t in known:
+            if not _overlap(t, new):
+                kept.append(t)
+            elif t is not new and not torch.equal(t, new):
+                new = narrow(_hash(_hash(t) * 3 + new))
+        return [*kept, new] if varying(new) else kept
+
+    def _given(self, t: Tensor, fixed: Tensor, why: str) -> bool:
+        """Whether a fixed identity alone determines the neuron; then the neuron cannot move, and is marked so."""
+        x, p = np.broadcast_arrays(self._roots(t), fixed.numpy())
+        standing = x.ravel() >= 0
+        x, p = unique_pairs(x.ravel()[standing], p.ravel()[standing])
+        if len(np.unique(p)) < len(p):
+            return False
+        self._mark(x, mix(p), f"{why} ({self.place})")
+        return bool(standing.all())
+
+    def _mark(self, atoms: Ints, marks: Ints, reason: str) -> None:
+        """Tags each atom with the multiset of its marks, unless they are all alike."""
+        ids, where = np.unique(atoms, return_inverse=True)
+        total = np.zeros(len(ids), np.int64)
+        np.add.at(total, where, marks)
+        if (total != total[0]).any():
+            self.atoms.tag(ids, mix(total), reason)
+
+    # -- reducing ------------------------------------------------------------------------------------------------
+
+    def reduce(self, label: Label, dims: Iterable[int], keepdim: bool = False) -> Label:
+        """A symmetric reduction (sum, mean, max, norm, ..) over ``dims``: what is reduced over must permute as one set."""
+        dims = tuple(sorted({d % label.ndim for d in dims}))
+        gone = [d for d in dims if label.shape[d] > 1]
+        neurons: list[Tensor] = []
+        for k, t in enumerate(label.neurons):
+            if not any(t.shape[d] > 1 for d in gone):
+                neurons.append(t)
+                continue
+            for other in label.neurons[:k]:
+                if _overlap(t, other):
+                    self._relate(t, other)
+            for p in label.fixed:
+                if _overlap(t, p):
+                    self._tell_by(t, p, gone, label.why)
+            block = self._fold_neurons(t, gone)
+            if block is not None:
+                neurons = self._meet(neurons, block)
+        fixed: list[Tensor] = []
+        for p in label.fixed:
+            fixed = self._tell_apart(fixed, self._fold(p, gone))
+        shape = tuple(1 if d in dims else s for d, s in enumerate(label.shape))
+        out = replace(label, shape=shape, neurons=tuple(neurons), fixed=tuple(fixed))
+        return out if keepdim else self.squeeze(out, dims)
+
+    def squeeze(self, label: Label, dims: Iterable[int]) -> Label:
+        """Drops dimensions of size 1."""
+        keep = [d for d in range(label.ndim) if d not in set(dims)]
+
+        def drop(t: Tensor) -> Tensor:
+            return t.reshape([t.shape[d] for d in keep])
+
+        shape = tuple(label.shape[d] for d in keep)
+        return replace(label, shape=shape, neurons=tuple(map(drop, label.neurons)), fixed=tuple(map(drop, label.fixed)))
+
+    def _fold(self, p: Tensor, gone: Sequence[int], ordered: Sequence[int] = ()) -> Tensor:
+        """Fixed identities summed out: as a multiset over ``gone``, as a sequence over ``ordered``."""
+        gone = [d for d in gone if p.shape[d] > 1]
+        ordered = [d for d in ordered if p.shape[d] > 1]
+        if not gone and not ordered:
+            return p
+        p = _hash(p)
+        if gone:
+            p = _hash(p.sum(gone, keepdim=True))
+        for d in ordered:
+            index = torch.arange(p.shape[d]).reshape([-1 if k == d else 1 for k in range(p.dim())])
+            p = _hash((_hash(p) * _hash(index)).sum(d, keepdim=True))
+        return narrow(p)
+
+    def _tell_by(self, t: Tensor, p: Tensor, gone: Sequence[int], why: str) -> None:
+        """Before ``t`` is reduced away: neurons met at other fixed places are not alike."""
+        others = [d for d in varying(p) if t.shape[d] == 1]
+        p = self._fold(p, [d for d in others if d in gone], [d for d in others if d not in gone])
+        if _overlap(t, p):
+            x, marks = np.broadcast_arrays(self._roots(t), p.numpy())
+            standing = x.ravel() >= 0
+            x, marks = unique_pairs(x.ravel()[standing], marks.ravel()[standing])
+            if x.size:
+                self._mark(x, mix(marks), f"{why} ({self.place})")
+
+    def _fold_neurons(self, t: Tensor, gone: Sequence[int]) -> Tensor | None:
+        """The blocks that remain of neurons after a reduction, or None where one set was reduced over."""
+        roots = self._roots(t)
+        ids = np.unique(roots[roots >= 0])
+        self.atoms.tag(ids, np.int64(self.atoms.mark()))  # members of the set differ from non-members
+        sums = mix(roots).sum(axis=tuple(d for d in gone if t.shape[d] > 1), keepdims=True)
+        if (sums == sums.flat[0]).all():
+            return None
+        x, group = np.broadcast_arrays(roots, sums)
+        standing = x.ravel() >= 0
+        x, group = unique_pairs(x.ravel()[standing], group.ravel()[standing])
+        if len(np.unique(x)) < len(x):
+            self.atoms.pin(x, f"overlapping sets reduced at {self.place}")
+            return None
+        groups, block = self.atoms.blocks(x, group)
+        at = np.searchsorted(groups, sums)
+        found = (at < len(groups)) & (groups[np.minimum(at, len(groups) - 1)] == sums)
+        return narrow(torch.from_numpy(np.where(found, block[np.minimum(at, len(groups) - 1)], -1)))
+
+    def normalise(self, label: Label, dims: Iterable[int]) -> Label:
+        """Every entry meets a symmetric reduction over ``dims`` (softmax, layer norm, ..)."""
+        return self.align(label, self.reduce(label, dims, keepdim=True), shape=label.shape)
+
+    def ordered(self, label: Label, dims: Iterable[int]) -> Label:
+        """An operation that depends on the order along ``dims`` (cumsum, sort, ..): nothing may move there."""
+        dims = [d % label.ndim for d in dims]
+        places = Label(label.shape, fixed=self.positions(label.shape, dims), why="the order along an axis matters")
+        return self.align(label, places, shape=label.shape)
+
+    def windows(self, label: Label, dims: Sequence[int], sizes: Sequence[int]) -> Label:
+        """An operation that mixes neighbours along ``dims`` (pooling, convolution windows): new places there.
+
+        ``sizes`` are the new sizes along ``dims``.
+        """
+        neurons = []
+        for t in label.neurons:
+            if any(t.shape[d] > 1 for d in dims):
+                self.atoms.pin(t.numpy().ravel(), f"neighbours are mixed at {self.place}")
+            else:
+                neurons.append(t)
+        fixed: list[Tensor] = []
+        for p in label.fixed:
+            fixed = self._tell_apart(fixed, self._fold(p, (), dims))
+        shape = list(label.shape)
+        for d, size in zip(dims, sizes, strict=True):
+            shape[d] = size
+        for p in self.positions(shape, dims):
+            fixed = self._tell_apart(fixed, p)
+        return replace(label, shape=tuple(shape), neurons=tuple(neurons), fixed=tuple(fixed))
+
+    # -- contracting ---------------------------------------------------------------------------------------------
+
+    def contract(self, operands: Sequence[tuple[Label, Sequence[Hashable]]], out: Sequence[Hashable]) -> Label:
+        """A sum of products, as an einsum over named dimensions: align in the joint index space, then reduce."""
+        inner = [n for n in dict.fromkeys(n for _, names in operands for n in names) if n not in set(out)]
+        order = [*out, *inner]
+        sizes: dict[Hashable, int] = {}
+        for label, names in operands:
+            for name, size in zip(names, label.shape, strict=True):
+                sizes[name] = max(size, sizes.get(name, 1))
+        if any(label.learned for label, _ in operands):
+            self.contracting.add(self.place)
+            self._note_reads(operands, set(inner))
+
+        def place(label: Label, names: Sequence[Hashable]) -> Label:
+            at = {n: d for d, n in enumerate(names)}
+            axes = [at[n] for n in order if n in at]
+
+            def lay(t: Tensor) -> Tensor:
+                t = t.permute(axes)
+                sizes = iter(t.shape)
+                return t.reshape([next(sizes) if n in at else 1 for n in order])
+
+            shape = tuple(sizes[n] if n in at else 1 for n in order)
+            fixed = tuple(map(lay, label.fixed))
+            return replace(label, shape=shape, neurons=tuple(map(lay, label.neurons)), fixed=fixed)
+
+        joint = self.align(*(place(*o) for o in operands), shape=[sizes[n] for n in order])
+        return self.reduce(joint, range(len(out), len(order)))
+
+    def _note_reads(self, operands: Sequence[tuple[Label, Sequence[Hashable]]], inner: set[Hashable]) -> None:
+        """Remembers which parameter axes read their neurons: those summed over against something else."""
+        noted: set[Hashable] = set()
+        for label, names in sorted(operands, key=lambda o: not o[0].learned):
+            if not label.learned:
+                continue
+            for t in label.neurons:
+                axes = {names[d] for d in varying(t)} & inner
+                if axes and not axes & noted:
+                    noted |= axes
+                    ids = t.numpy().ravel()
+                    origins = np.unique(self.atoms.origin(ids[ids >= 0]))
+                    self.reads.update(self.sites[k] for k in origins if k >= 0)

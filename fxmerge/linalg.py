@@ -1,0 +1,41 @@
+"""Small solvers: tensors in, tensors out, nothing known about networks."""
+
+from __future__ import annotations
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+def assignment(score: Tensor) -> Tensor:
+    """The permutation p that maximises sum_i score[i, p[i]] (Jonker-Volgenant, exact).
+
+    Args:
+        score: [n, n].
+
+    Returns:
+        int64 [n] on the CPU.
+    """
+    return torch.from_numpy(linear_sum_assignment(score.detach().cpu().numpy(), maximize=True)[1])
+
+
+def correlation(cross: Tensor, var_rows: Tensor, var_columns: Tensor) -> Tensor:
+    """Pearson correlation from centred second moments [n, m] and variances [n], [m]; 0 for constant neurons."""
+    scale = (var_rows.clamp_min(0).sqrt()[:, None] * var_columns.clamp_min(0).sqrt()[None, :]).clamp_min(1e-30)
+    tiny = (var_rows <= 1e-12 * var_rows.max().clamp_min(1e-30))[:, None] | (
+        var_columns <= 1e-12 * var_columns.max().clamp_min(1e-30)
+    )[None, :]
+    return (cross / scale).masked_fill(tiny, 0.0)
+
+
+def multiply_axis(value: Tensor, axis: int, matrix: Tensor) -> Tensor:
+    """matrix [n, m] applied along ``axis`` (of size m). Rows with one entry each, as permutations have, are a gather."""
+    nonzero = matrix != 0
+    if bool((nonzero.sum(1) <= 1).all()):
+        source = nonzero.to(torch.uint8).argmax(1)
+        scale = matrix.gather(1, source[:, None])[:, 0]
+        out = value.index_select(axis, source)
+        if bool((scale == 1).all()):
+            return out
+        return out * scale.reshape([-1 if d == axis else 1 for d in range(value.dim())])
+    return torch.tensordot(matrix, value, dims=([1], [axis])).movedim(0, axis)

@@ -1,0 +1,79 @@
+"""Activation matching: neurons that respond alike (Git Re-Basin, arXiv 2209.04836, section 3.1; Li et al., 1511.07543)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxmerge.coupling import from_permutations
+from fxmerge.interfaces import AbstractMatcher, Problem
+from fxmerge.ir import Alignment
+from fxmerge.linalg import correlation
+from fxmerge.matching import families, match_family
+
+
+class ActivationMatching(AbstractMatcher):
+    """Permutations that maximise the summed correlation of matched neurons, one assignment per class.
+
+    Correlations are averaged over the places where a class is seen (a residual stream is read by several layers).
+    More than two parents: each is aligned to the first, then in turn to the weighted mean of the others.
+
+    Args:
+        at: "read", activations as the next layers read them, or "made", as a layer wrote them.
+    """
+
+    needs_data = True
+
+    def __init__(self, at: str = "read") -> None:
+        self.at = at
+
+    def match(self, problem: Problem) -> Alignment:
+        stats = problem.statistics
+        assert stats is not None, "the pipeline collects statistics for matchers that need data"
+        first, parents = problem.classes[0], len(problem.classes)
+        alike: dict[int, dict[tuple[int, int], Tensor]] = {}
+        for k, taps in stats.moments.items():
+            alike[k] = {}
+            for a in range(parents):
+                for b in range(parents):
+                    if a < b:
+                        alike[k][a, b] = sum(_correlation(m, a, b) for m in taps) / len(taps)  # type: ignore[assignment]
+                        alike[k][b, a] = alike[k][a, b].T
+        found = [[torch.arange(c.size) for c in first] for _ in range(parents)]
+        groups = families(first)
+
+        def align(b: int, others: dict[int, float]) -> bool:
+            changed = False
+            for family in groups:
+                score = {
+                    k: sum(w * alike[k][a, b][found[a][k]] for a, w in others.items()) for k in family if k in alike
+                }
+                if not score:
+                    continue
+                best = match_family(first, family, score)  # type: ignore[arg-type]
+                for k, p in best.items():
+                    changed |= not torch.equal(p, found[b][k])
+                    found[b][k] = p
+            return changed
+
+        for b in range(1, parents):
+            align(b, {0: 1.0})
+        if parents > 2:
+            for _ in range(20):
+                moved = [align(b, {a: w for a, w in enumerate(problem.weights) if a != b}) for b in range(1, parents)]
+                if not any(moved):
+                    break
+        quality = {}
+        for k, pairs in alike.items():
+            n = torch.arange(first[k].size)
+            values = [float(pairs[0, b][n, found[b][k]].mean()) for b in range(1, parents)]
+            quality[k] = sum(values) / len(values)
+        unseen = [c.name for k, c in enumerate(first) if c.free and c.sites and k not in alike]
+        notes = (f"not seen in any activation, left in place: {', '.join(unseen)}",) if unseen else ()
+        return from_permutations(first, found, problem.weights, str(self), quality, notes)
+
+
+def _correlation(moments, a: int, b: int) -> Tensor:
+    covariance = moments.covariance
+    var = covariance.diagonal().split(moments.widths)
+    return correlation(moments.part(covariance, a, b), var[a], var[b])

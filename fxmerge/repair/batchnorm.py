@@ -1,0 +1,48 @@
+"""BatchNorm statistics re-estimated on data (REPAIR, Jordan et al., arXiv 2211.08403, section 4.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from fxmerge.errors import InputError
+from fxmerge.interfaces import AbstractRepair, Context
+
+
+def batchnorms(module: nn.Module) -> list[_BatchNorm]:
+    """The normalisation layers that keep running statistics."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+class ResetBatchNorm(AbstractRepair):
+    """Sets every BatchNorm's mean and variance to the averages over the data, batch by batch (cumulative, no momentum)."""
+
+    def repair(self, module: fx.GraphModule, context: Context) -> str:
+        layers = batchnorms(module)
+        if not layers:
+            return "no BatchNorm statistics to reset"
+        modes = {m: m.training for m in module.modules()}
+        momenta = [(m, m.momentum, m.num_batches_tracked.clone()) for m in layers]
+        module.eval()
+        count = 0
+        try:
+            for m in layers:
+                m.reset_running_stats()
+                m.momentum = None
+                m.train()
+            with torch.no_grad():
+                for batch in tqdm(context.batches, desc="BatchNorm statistics", disable=not context.progress, leave=False):
+                    args, kwargs = context.feed(batch)
+                    module(*args, **kwargs)
+                    count += 1
+        finally:
+            for m, momentum, tracked in momenta:
+                m.momentum = momentum
+                m.num_batches_tracked.copy_(tracked)
+            for m, training in modes.items():
+                m.training = training
+        if not count:
+            raise InputError("the data is empty: no batch to re-estimate BatchNorm statistics on")
+        return f"statistics of {len(layers)} BatchNorm layers re-estimated on {count} batches"

@@ -1,0 +1,164 @@
+"""Rescaling for networks without BatchNorm (REPAIR, Jordan et al., arXiv 2211.08403, section 4).
+
+Averaging shrinks activations, more so with depth. Every layer's outputs are given back the mean and the standard
+deviation that the parents' have, neuron by neuron, and the scale and shift are folded into the layer:
+
+    W_i <- s_i W_i,  b_i <- s_i (b_i - mean_i) + target_mean_i,   s_i = target_sd_i / sd_i
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from tqdm import tqdm
+
+from fxmerge.coupling import fuse
+from fxmerge.errors import InputError
+from fxmerge.interfaces import AbstractRepair, Context
+from fxmerge.ir import AxisClasses, Tap
+from fxmerge.stats import bind, listen
+
+
+class _Sums:
+    """Running mean and standard deviation along one axis, in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.total, self.square = 0, torch.zeros(()), torch.zeros(())
+        self.shift: Tensor | None = None
+
+    def add(self, value: Tensor, axis: int) -> None:
+        x = value.movedim(axis, -1).reshape(-1, value.shape[axis]).double()
+        self.shift = x.mean(0) if self.shift is None else self.shift
+        x = x - self.shift
+        self.count += len(x)
+        self.total = self.total.to(x) + x.sum(0)
+        self.square = self.square.to(x) + (x * x).sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        assert self.shift is not None
+        return self.shift + self.total / self.count
+
+    @property
+    def sd(self) -> Tensor:
+        mean = self.total / self.count
+        return (self.square / self.count - mean * mean).clamp_min(0).sqrt()
+
+
+def layers(classes: AxisClasses) -> dict[str, tuple[str, int]]:
+    """Node -> (module, axis): layers whose scale and shift can be set, those called once with a bias and free neurons."""
+    graph = classes.traced.graph_module
+    calls: dict[str, int] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            calls[node.target] = calls.get(node.target, 0) + 1
+    made: dict[str, Tap] = {t.node: t for c in classes if c.free for t in c.taps if t.kind == "made"}
+    tied = {n for name, others in classes.aliases.items() for n in (name, *others)}
+    found = {}
+    for node in graph.graph.nodes:
+        if node.name in made and node.op == "call_module" and calls[node.target] == 1:
+            layer = graph.get_submodule(node.target)
+            bias = getattr(layer, "bias", None)
+            weight = getattr(layer, "weight", None)
+            if (
+                isinstance(bias, Tensor)
+                and isinstance(weight, Tensor)
+                and not hasattr(layer, "running_mean")
+                and not {f"{node.target}.weight", f"{node.target}.bias"} & tied
+            ):
+                found[node.name] = (node.target, made[node.name].axis)
+    return found
+
+
+class Rescale(AbstractRepair):
+    """Gives each layer's outputs the parents' mean and standard deviation.
+
+    Args:
+        toward: "mean", the weighted mean of the parents' statistics, or "first", the first parent's alone (better
+            for couplings that are no permutations, where a mapped parent by itself computes something else).
+    """
+
+    def __init__(self, toward: str = "mean") -> None:
+        if toward not in ("mean", "first"):
+            raise InputError(f"Rescale(toward={toward!r}): choose 'mean' or 'first'")
+        self.toward = toward
+
+    def repair(self, module: fx.GraphModule, context: Context) -> str:
+        first = context.classes[0]
+        chosen = layers(first)
+        if not chosen:
+            return "no layers to rescale"
+        targets = self._targets(chosen, context)
+        runner = _Normalised(module, chosen, targets)
+        training = module.training
+        module.eval()
+        count = 0
+        with torch.no_grad():
+            for batch in tqdm(context.batches, desc="rescaling", disable=not context.progress, leave=False):
+                args, kwargs = context.feed(batch)
+                runner.run(*bind(module.graph, args, kwargs))
+                count += 1
+            if not count:
+                raise InputError("the data is empty: no batch to rescale layers on")
+            for node, (target, _) in chosen.items():
+                layer: Any = module.get_submodule(target)
+                scale, shift = runner.affine(node)
+                axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
+                rows = scale.to(layer.weight)
+                if axis == 0:
+                    layer.weight.mul_(rows.reshape(-1, *[1] * (layer.weight.dim() - 1)))
+                else:
+                    inner = rows.reshape(layer.groups, 1, -1).expand(-1, layer.weight.shape[0] // layer.groups, -1)
+                    layer.weight.mul_(inner.reshape(*layer.weight.shape[:2], *[1] * (layer.weight.dim() - 2)))
+                layer.bias.copy_((scale.to(layer.bias) * layer.bias + shift.to(layer.bias)))
+        module.train(training)
+        return f"{len(chosen)} layers rescaled toward the {'parents' if self.toward == 'mean' else 'first parent'} on {count} batches"
+
+    def _targets(self, chosen: dict[str, tuple[str, int]], context: Context) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per node: mean and standard deviation, carried to the fused neurons like a bias."""
+        parents = context.classes if self.toward == "mean" else context.classes[:1]
+        states: list[dict[str, Tensor]] = []
+        for parent in parents:
+            sums = {node: _Sums() for node in chosen}
+            graph = parent.traced.graph_module
+            with torch.no_grad():
+                for batch in context.batches:
+                    args, kwargs = context.feed(batch)
+                    for node, value in listen(graph, set(chosen), args, kwargs).items():
+                        sums[node].add(value, chosen[node][1])
+            states.append({f"{chosen[n][0]}.bias": s.mean for n, s in sums.items()})
+            states[-1] |= {f"{chosen[n][0]}.bias#sd": s.sd for n, s in sums.items()}
+        if self.toward == "first":
+            merged = [states[0], {k[: -len("#sd")]: v for k, v in states[0].items() if k.endswith("#sd")}]
+            return {n: (merged[0][f"{t}.bias"], merged[1][f"{t}.bias"]) for n, (t, _) in chosen.items()}
+        means = fuse(parents, context.alignment, [{k: v for k, v in s.items() if not k.endswith("#sd")} for s in states], context.weights)
+        spread = [{k[: -len("#sd")]: v for k, v in s.items() if k.endswith("#sd")} for s in states]
+        sds = fuse(parents, context.alignment, spread, context.weights)
+        return {n: (means[f"{t}.bias"], sds[f"{t}.bias"].abs()) for n, (t, _) in chosen.items()}
+
+
+class _Normalised(fx.Interpreter):
+    """Runs the fused graph as if every chosen layer were already repaired, with each batch's own statistics."""
+
+    def __init__(self, module: fx.GraphModule, chosen: dict[str, tuple[str, int]], targets: dict[str, tuple[Tensor, Tensor]]) -> None:
+        super().__init__(module)
+        self.chosen, self.targets = chosen, targets
+        self.sums = {node: _Sums() for node in chosen}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name not in self.chosen:
+            return value
+        axis = self.chosen[n.name][1]
+        self.sums[n.name].add(value, axis)
+        scale, shift = (t.to(value).reshape([-1 if d == axis else 1 for d in range(value.dim())]) for t in self.affine(n.name))
+        return value * scale + shift
+
+    def affine(self, node: str) -> tuple[Tensor, Tensor]:
+        """Scale and shift from what was seen so far; neurons that never vary keep their scale."""
+        sums, (mean, sd) = self.sums[node], self.targets[node]
+        own = sums.sd
+        scale = torch.where(own > 1e-6 * own.max().clamp_min(1e-30), sd.to(own) / own.clamp_min(1e-30), torch.ones_like(own))
+        return scale, mean.to(own) - scale * sums.mean

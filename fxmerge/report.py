@@ -1,0 +1,77 @@
+"""What a merge says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fxmerge.ir import Alignment, AxisClasses
+from fxmerge.symmetry import Verification
+
+
+def table(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
+    """Rows as aligned text, the first one a heading; columns in ``right`` are set flush right."""
+    cells = [[str(c) for c in row] for row in rows]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(cells[0]))]
+    lines = [
+        "  ".join(f"{c:>{w}}" if i in right else f"{c:<{w}}" for i, (c, w) in enumerate(zip(r, widths, strict=True))).rstrip()
+        for r in cells
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """The merge in figures; ``print`` it.
+
+    Attributes:
+        parents: names of the parents' types.
+        weights: their shares.
+        classes: of the first parent.
+        alignment: method, couplings and match quality per class.
+        verifications: one per parent, empty where switched off.
+        repair: what was repaired, in words.
+        variance: node -> (before, after repair): variance of the fused activations over the parents' mean variance.
+        seconds: per step.
+        notes: everything else a reader should know.
+    """
+
+    parents: tuple[str, ...]
+    weights: tuple[float, ...]
+    classes: AxisClasses
+    alignment: Alignment
+    verifications: tuple[Verification, ...]
+    repair: str
+    variance: Mapping[str, tuple[float, float]]
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{w:.3g} {n}" for n, w in zip(self.parents, self.weights, strict=True))
+        lines = [f"merged {shares} by {self.alignment.method}", ""]
+        rows: list[tuple[object, ...]] = [("class", "neurons", "match")]
+        pinned: dict[str, int] = {}
+        for k, c in enumerate(self.classes):
+            if c.free:
+                indent = "  " * (1 if c.parents else 0)
+                quality = self.alignment.quality.get(k)
+                rows.append((indent + c.name, c.size, "" if quality is None else f"{quality:.3f}"))
+            elif c.pinned is not None:
+                pinned[c.pinned] = pinned.get(c.pinned, 0) + c.size
+        lines += [table(rows, right=(1, 2)), ""]
+        lines.append(f"{self.classes.free} of {self.classes.total} neurons free; pinned:")
+        lines += [f"  {n:>6}  {reason}" for reason, n in pinned.items()] or ["  none"]
+        for name, v in zip(self.parents, self.verifications, strict=False):
+            lines.append(f"verified {name}: {v}")
+        lines.append(f"repair: {self.repair}")
+        if self.variance:
+            before, after = (sorted(v[i] for v in self.variance.values()) for i in (0, 1))
+            middle = len(before) // 2
+            lines.append(
+                f"variance of activations over the parents' (median, lowest of {len(before)} layers): "
+                f"{before[middle]:.2f}, {before[0]:.2f} before repair; {after[middle]:.2f}, {after[0]:.2f} after"
+            )
+        lines += [f"note: {n}" for n in self.notes]
+        lines.append("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()))
+        return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""Pointwise operations: entries that meet are related, axes that are broadcast are free."""
+
+from fxmerge.rules.registry import rule
+
+UNARY_AND_UP = """
+    abs acos acosh add addcdiv addcmul alias angle asin asinh atan atan2 atanh bernoulli bitwise_and bitwise_not bitwise_or
+    bitwise_xor __and__ __or__ __xor__ ceil celu clamp clamp_max clamp_min clip clone conj contiguous copysign cos cosh deg2rad detach
+    detach_ digamma div divide dropout dropout_ elu eq erf erfc erfinv exp exp2 expm1 alpha_dropout feature_dropout
+    feature_alpha_dropout floor floor_divide fmax fmin fmod frac ge gelu greater greater_equal gt hardshrink hardsigmoid hardswish
+    hardtanh heaviside hypot i0 isfinite isinf isnan isclose ldexp le leaky_relu lerp less less_equal lgamma lift lift_fresh log
+    log10 log1p log2 logaddexp log_sigmoid logical_and logical_not logical_or logical_xor logit lt masked_fill maximum minimum
+    mish mul multiply nan_to_num ne neg negative nextafter not_equal positive pow prelu reciprocal relu relu6 remainder round rrelu
+    rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit special_erf sqrt square sub subtract
+    tan tanh threshold to _to_copy true_divide trunc type_as where xlogy float half double bfloat16 _autocast_to_full_precision
+    """.split()
+
+
+@rule(*UNARY_AND_UP)
+def pointwise(ctx, call):
+    """f(a, b, ..) entry by entry, with broadcasting."""
+    if call.name == "prelu":
+        return prelu(ctx, call)
+    values = [x if hasattr(x, "neurons") else ctx.constant(x) for x in call.tensors() if len(getattr(x, "shape", ()))]
+    shape = call.shapes[0]
+    if call.name == "type_as":
+        values = values[:1]
+    if not values or any(len(v.shape) > len(shape) for v in values):
+        return NotImplemented  # another overload of the same name
+    return ctx.align(*values, shape=shape)
+
+
+def prelu(ctx, call):
+    """One slope per channel (axis 1)."""
+    x, weight = call["self"], ctx.lift(call["weight"])
+    if weight.shape[0] == 1 or x.ndim < 2:
+        return x
+    lay = [1, weight.shape[0]] + [1] * (x.ndim - 2)
+    return ctx.align(x, ctx.move(weight, lambda t: t.reshape(lay), lay), shape=x.shape)
+
+
+@rule("tril", "triu")
+def triangle(ctx, call):
+    """A triangle kept: the places along both axes differ."""
+    x = call["self"]
+    return ctx.ordered(x, [-1, -2])
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty", "rand_like", "randn_like", "fill", "zero")
+def made_constant(ctx, call):
+    """A value that only takes a shape from its argument: no neuron stands in it."""
+    label = ctx.lift(None)
+    return type(label)(call.shapes[0], learned=True)
+
+
+@rule("copy")
+def copied(ctx, call):
+    """dst.copy_(src): the entries of src, broadcast."""
+    source = ctx.lift(call["src"])
+    return ctx.align(source, shape=call.shapes[0])
+
+
+@rule("cumsum", "cumprod", "logcumsumexp", "flip_order", "cummax", "cummin")
+def cumulative(ctx, call):
+    """The order along the axis matters; the values stay where they are."""
+    label = ctx.ordered(call["self"], [call["dim"]])
+    return [label] * len(call.shapes)
+
+
+@rule("sort", "argsort", "topk", "kthvalue", "mode", "median", "nanmedian")
+def ranked(ctx, call):
+    """Entries change places by their values: along the axis nothing may move, elsewhere neurons stay what they are."""
+    dim = call.get("dim", -1)
+    x = call["self"]
+    if dim is None or not x.ndim:
+        return NotImplemented
+    x = ctx.ordered(x, [dim])
+    out = ctx.reduce(x, [dim], keepdim=True)
+    made = []
+    for shape in call.shapes:
+        if len(shape) == x.ndim:
+            places = type(x)(shape, fixed=ctx.positions(shape, [dim % x.ndim]))
+            made.append(ctx.align(out, places, shape=shape))
+        else:
+            made.append(ctx.squeeze(out, [dim % x.ndim]))
+    return made

@@ -1,0 +1,32 @@
+"""Symmetric reductions: what is reduced over must permute as one set."""
+
+from fxmerge.rules.registry import rule
+
+
+@rule("sum", "mean", "amax", "amin", "aminmax", "prod", "logsumexp", "linalg_vector_norm", "norm", "var", "std", "var_mean", "std_mean", "nansum", "nanmean", "all", "any", "frobenius_norm", "max", "min", "count_nonzero")
+def reduced(ctx, call):
+    """One value per remaining index."""
+    operands = call.tensors()
+    if call.name in ("max", "min") and len(operands) > 1:
+        return ctx.align(*map(ctx.lift, operands), shape=call.shapes[0])  # the pointwise overload
+    x = call["self"]
+    dims = call.get("dim")
+    if dims is None or dims == []:
+        dims = list(range(x.ndim))
+    dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
+    keepdim = bool(call.get("keepdim", False))
+    if call.name in ("max", "min") and call.get("dim") is not None:
+        # values and indices: an index says where a neuron stands, so those reduced over may not move if it is used
+        value = ctx.reduce(x, dims, keepdim)
+        index = ctx.reduce(x, dims, keepdim)
+        return [value, index]
+    out = ctx.reduce(x, dims, keepdim)
+    return [out] * len(call.shapes)
+
+
+@rule("argmax", "argmin")
+def where_extreme(ctx, call):
+    """Says where, so the places may not move."""
+    x, dim = call["self"], call["dim"]
+    dims = range(x.ndim) if dim is None else [dim]
+    return ctx.reduce(ctx.ordered(x, dims), dims, bool(call["keepdim"]))

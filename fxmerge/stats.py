@@ -1,0 +1,283 @@
+"""Streaming second moments of activations, per class: sums over samples, so they add and merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+from tqdm import tqdm
+
+from fxmerge.errors import InputError
+from fxmerge.ir import AxisClasses, Tap
+from fxmerge.trace import evaluating
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of one tap, over the features of all parents side by side [n_a + n_b + ..].
+
+    Attributes:
+        count: number of rows (samples x positions).
+        shift: [n], a rough mean that was subtracted first.
+        total: [n], float64 sum of shifted rows.
+        gram: [n, n], float64 sum of outer products of shifted rows.
+        widths: (n_a, n_b, ..).
+    """
+
+    count: int
+    shift: Tensor
+    total: Tensor
+    gram: Tensor
+    widths: tuple[int, ...]
+
+    def __add__(self, other: Moments) -> Moments:
+        d = other.shift - self.shift  # rows of ``other``, seen from this shift
+        total = other.total + other.count * d
+        gram = other.gram + torch.outer(other.total, d) + torch.outer(d, other.total) + other.count * torch.outer(d, d)
+        return Moments(self.count + other.count, self.shift, self.total + total, self.gram + gram, self.widths)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.shift + self.total / max(self.count, 1)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Centred second moments [n, n]."""
+        mean = self.total / max(self.count, 1)
+        return self.gram / max(self.count, 1) - torch.outer(mean, mean)
+
+    def part(self, matrix: Tensor, a: int, b: int) -> Tensor:
+        """The block of ``matrix`` [n, n] between parents a and b."""
+        return matrix.split(self.widths)[a].split(self.widths, 1)[b]
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Moments per class index, a tuple over its taps."""
+
+    moments: Mapping[int, tuple[Moments, ...]]
+    samples: int
+
+    def __add__(self, other: Statistics) -> Statistics:
+        if self.moments.keys() != other.moments.keys():
+            raise InputError("these statistics belong to different networks; collect both with the same parents and taps")
+        joined = {k: tuple(a + b for a, b in zip(m, other.moments[k], strict=True)) for k, m in self.moments.items()}
+        return Statistics(joined, self.samples + other.samples)
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file."""
+        tensors: dict[str, Tensor] = {"samples": torch.tensor(self.samples)}
+        for k, taps in self.moments.items():
+            for t, m in enumerate(taps):
+                key = f"{k}.{t}."
+                tensors |= {key + "shift": m.shift, key + "total": m.total, key + "gram": m.gram}
+                tensors |= {key + "count": torch.tensor(m.count), key + "widths": torch.tensor(m.widths)}
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, str(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Statistics:
+        """Reads what ``save`` wrote."""
+        tensors = load_file(str(path))
+        samples = int(tensors.pop("samples"))
+        found: dict[int, dict[int, dict[str, Tensor]]] = {}
+        for key, value in tensors.items():
+            k, t, field = key.split(".")
+            found.setdefault(int(k), {}).setdefault(int(t), {})[field] = value
+        moments = {
+            k: tuple(
+                Moments(int(f["count"]), f["shift"], f["total"], f["gram"], tuple(f["widths"].tolist()))
+                for _, f in sorted(taps.items())
+            )
+            for k, taps in sorted(found.items())
+        }
+        return Statistics(moments, samples)
+
+
+Feed = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def choose_taps(classes: AxisClasses, kind: str = "read", most: int = 4) -> dict[int, tuple[Tap, ...]]:
+    """Per free class the activations to measure, at most ``most``, evenly over the depth.
+
+    ``kind``: "read", what the next contraction reads (after activations); "made", what a contraction wrote.
+    """
+    chosen = {}
+    for k, c in enumerate(classes):
+        if c.free and c.taps:
+            taps = [t for t in c.taps if t.kind == kind] or list(c.taps)
+            step = (len(taps) - 1) / max(most - 1, 1)
+            chosen[k] = tuple(taps) if len(taps) <= most else tuple(taps[round(i * step)] for i in range(most))
+    return chosen
+
+
+class _Listener(fx.Interpreter):
+    """Runs a graph and keeps the outputs of some nodes."""
+
+    def __init__(self, module: fx.GraphModule, nodes: set[str]) -> None:
+        super().__init__(module)
+        self.nodes, self.heard = nodes, {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.nodes:
+            self.heard[n.name] = value
+        return value
+
+
+def bind(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Values of a graph's placeholders, in their order, for the call ``module(*args, **kwargs)``."""
+    positional, values = list(args), []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node.target in kwargs:
+                values.append(kwargs[node.target])
+            elif positional:
+                values.append(positional.pop(0))
+            elif node.args:
+                values.append(node.args[0])
+            else:
+                raise InputError(f"no value for the network's input '{node.target}'; an input_fn(batch) can supply it")
+    return values
+
+
+def listen(module: fx.GraphModule, nodes: set[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """One forward pass; the outputs of the named nodes, copied where a later in-place operation would change them."""
+    inplace = _overwritten(module, nodes)
+    listener = _Listener(module, nodes)
+    if inplace:
+        run = listener.run_node
+
+        def keep(n: fx.Node) -> Any:
+            value = run(n)
+            if n.name in inplace:
+                listener.heard[n.name] = value.clone()
+            return value
+
+        listener.run_node = keep  # type: ignore[method-assign]
+    listener.run(*bind(module.graph, args, kwargs))
+    return listener.heard
+
+
+def _overwritten(module: fx.GraphModule, nodes: set[str]) -> set[str]:
+    """Those of the nodes whose output a user changes in place."""
+    found = set()
+    for n in module.graph.nodes:
+        if n.name in nodes:
+            for user in n.users:
+                target = module.get_submodule(user.target) if user.op == "call_module" else user.target
+                name = getattr(target, "__name__", str(target))
+                if getattr(target, "inplace", False) or user.kwargs.get("inplace") or (name.endswith("_") and not name.endswith("__")):
+                    found.add(n.name)
+                if name.startswith("i") and getattr(target, "__module__", "") == "_operator":
+                    found.add(n.name)
+    return found
+
+
+def rows(value: Tensor, tap: Tap, positions: Tensor | None) -> Tensor:
+    """[rows, n]: a class's neurons in one activation, a row per sample and position.
+
+    A neuron with several places along the axis (a flattened feature map) gives a row for each.
+    """
+    flat = value.movedim(tap.axis, -1)
+    flat = flat.reshape(-1, flat.shape[-1])
+    if positions is not None:
+        flat = flat.index_select(0, positions)
+    index = tap.index.to(value.device)
+    n, m = index.shape
+    if m == 1 and n == flat.shape[1] and bool((index[:, 0] == torch.arange(n, device=value.device)).all()):
+        return flat
+    return flat[:, index.T.reshape(-1)].reshape(-1, n)
+
+
+def collect(
+    parents: Sequence[AxisClasses],
+    batches: Iterable[Any],
+    feed: Feed,
+    taps: Sequence[Mapping[int, Sequence[Tap]]],
+    *,
+    positions: int = 64,
+    seed: int = 0,
+    progress: bool = False,
+) -> Statistics:
+    """Streams batches through all parents and sums up what the taps show, the same places in every parent.
+
+    Args:
+        parents: classes of each parent, in corresponding order.
+        batches: the data, one forward pass per batch and parent.
+        feed: batch -> (args, kwargs).
+        taps: per parent: class -> taps.
+        positions: rows kept per sample and tap, drawn anew for each batch (all where there are fewer).
+        seed: of that draw.
+
+    Under ``torch.distributed`` every rank streams its own shard and the sums are joined.
+    """
+    graphs = [p.traced.graph_module for p in parents]
+    nodes = [{t.node for ts in chosen.values() for t in ts} for chosen in taps]
+    sums: dict[int, list[Moments | None]] = {k: [None] * len(ts) for k, ts in taps[0].items()}
+    draw = torch.Generator().manual_seed(seed)
+    samples = 0
+    with evaluating(*graphs):
+        for batch in tqdm(batches, desc="statistics", disable=not progress, leave=False):
+            args, kwargs = feed(batch)
+            heard = [listen(g, n, args, kwargs) for g, n in zip(graphs, nodes, strict=True)]
+            size = _batch_size(args, kwargs)
+            samples += size
+            for k in sums:
+                for t in range(len(sums[k])):
+                    seen = [h[chosen[k][t].node] for h, chosen in zip(heard, taps, strict=True)]
+                    total = seen[0].numel() // seen[0].shape[taps[0][k][t].axis]
+                    keep = None
+                    if total > positions * size:
+                        keep = torch.randint(total, (positions * size,), generator=draw).to(seen[0].device)
+                    parts = [rows(v, chosen[k][t], keep) for v, chosen in zip(seen, taps, strict=True)]
+                    new = _moments(parts, sums[k][t])
+                    old = sums[k][t]
+                    sums[k][t] = new if old is None else old + new
+    if not samples:
+        raise InputError("the data is empty: no batch came out of it. Pass a loader with at least one batch")
+    done = {k: tuple(m for m in ms if m is not None) for k, ms in sums.items()}
+    stats = Statistics({k: ms for k, ms in done.items() if ms}, samples)
+    for ms in stats.moments.values():
+        for m in ms:
+            if not bool(torch.isfinite(m.total).all()):
+                raise InputError("activations hold NaN or inf on this data; check the inputs' scale and the parents' weights")
+    return _all_reduce(stats)
+
+
+def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    return next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), 1)
+
+
+def _moments(parts: list[Tensor], like: Moments | None) -> Moments:
+    x = torch.cat(parts, 1)
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    shift = x.mean(0) if like is None else like.shift.to(x)
+    x = x - shift
+    wide = torch.float64 if x.device.type != "mps" else torch.float32
+    gram = (x.T @ x).to(wide)
+    return Moments(len(x), shift.to(wide), x.sum(0, dtype=wide), gram, tuple(p.shape[1] for p in parts))
+
+
+def _all_reduce(stats: Statistics) -> Statistics:
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return stats
+    joined = {}
+    for k, ms in stats.moments.items():
+        out = []
+        for m in ms:
+            zero = Moments(m.count, torch.zeros_like(m.shift), torch.zeros_like(m.total), torch.zeros_like(m.gram), m.widths)
+            m = Moments(0, zero.shift, zero.total, zero.gram, m.widths) + m  # a shift that all ranks share
+            count = torch.tensor(float(m.count), dtype=torch.float64, device=m.total.device)
+            for t in (count, m.total, m.gram):
+                dist.all_reduce(t)
+            out.append(Moments(int(count), m.shift, m.total, m.gram, m.widths))
+        joined[k] = tuple(out)
+    samples = torch.tensor(stats.samples)
+    dist.all_reduce(samples)
+    return Statistics(joined, int(samples))

@@ -1,0 +1,173 @@
+"""Elements of the inferred symmetry, and what they do to parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxmerge.errors import VerifyError
+from fxmerge.ir import AxisClass, AxisClasses, Site
+from fxmerge.trace import call, evaluating, to_device
+from torch.utils import _pytree as pytree
+
+Permutations = Sequence[Tensor]
+"""Per class: int64 [size]; neuron i moves to place p[i]."""
+
+
+def random_element(classes: AxisClasses, seed: int = 0, only: Sequence[int] | None = None) -> list[Tensor]:
+    """A random element of the symmetry: blocks go to blocks, members permute freely inside.
+
+    Args:
+        classes: the classes, parents first.
+        seed: of a generator of its own.
+        only: restrict to these classes (members still follow their blocks).
+    """
+    rng = np.random.default_rng(seed)
+    moves: list[Tensor] = []
+    for k, c in enumerate(classes):
+        here = np.arange(c.size)
+        if not c.free:
+            moves.append(torch.from_numpy(here))
+            continue
+        cell, target = _cells(c, moves)
+        noise = rng.random(c.size) if only is None or k in only else here
+        source, goal = np.lexsort((noise, target)), np.lexsort((here, cell))
+        move = np.empty(c.size, np.int64)
+        move[source] = goal
+        moves.append(torch.from_numpy(move))
+    return moves
+
+
+def _cells(c: AxisClass, moves: Permutations) -> tuple[np.ndarray, np.ndarray]:
+    """For every neuron: a number for its cell (same blocks), and for the cell it must move to."""
+    if not c.parents:
+        return np.zeros(c.size, np.int64), np.zeros(c.size, np.int64)
+    now = c.blocks.numpy()
+    then = np.stack([moves[p].numpy()[now[:, j]] for j, p in enumerate(c.parents)], 1)
+    _, codes = np.unique(np.concatenate([now, then]), axis=0, return_inverse=True)
+    codes = codes.ravel()
+    if not np.array_equal(np.sort(codes[: c.size]), np.sort(codes[c.size :])):
+        raise VerifyError(f"class '{c.name}' has blocks that cannot be exchanged")
+    return codes[: c.size], codes[c.size :]
+
+
+def apply(classes: AxisClasses, moves: Permutations, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the network after its neurons moved: same function, other order.
+
+    Tensors that no class touches are passed through, not copied.
+    """
+    out = dict(state)
+    for name, entries in classes.by_tensor().items():
+        by_site: dict[Site, Tensor] = {}
+        value = state[name]
+        for site, k, index in entries:
+            width = value.shape[site.axis] * site.groups
+            source = by_site.setdefault(site, torch.arange(width))
+            source[index[moves[k]]] = index
+        for site, source in sorted(by_site.items()):
+            if torch.equal(source, torch.arange(len(source))):
+                continue
+            source = source.to(value.device)
+            if site.groups == 1:
+                value = value.index_select(site.axis, source)
+            else:  # a gather per group; rows were moved with axis 0, which sorts first
+                rows, inside = value.shape[0], value.shape[1]
+                inner = (source % inside).reshape(site.groups, inside).repeat_interleave(rows // site.groups, 0)
+                value = torch.take_along_dim(value, inner.reshape(rows, inside, *[1] * (value.dim() - 2)), 1)
+        for alias in (name, *classes.aliases.get(name, ())):
+            if alias in out:
+                out[alias] = value
+    return out
+
+
+def permute(module: nn.Module, classes: AxisClasses, seed: int = 0) -> nn.Module:
+    """A random twin: a copy of ``module`` with its neurons in another order, which computes the same function.
+
+    Example:
+        >>> twin = fxmerge.permute(model, fxmerge.infer_classes(model, x), seed=1)
+    """
+    twin = copy.deepcopy(module)
+    moved = apply(classes, random_element(classes, seed), dict(module.state_dict(keep_vars=False)))
+    load_state(twin, moved)
+    return twin
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies values into the module's parameters and buffers, non-persistent ones included where given."""
+    with torch.no_grad():
+        own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+        for name, value in state.items():
+            if name in own and own[name].data_ptr() != value.data_ptr():
+                own[name].copy_(value)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a random element of the symmetry did to the output.
+
+    Attributes:
+        error: largest change of an output entry over the largest output entry, in float64.
+        moved: number of neurons that moved.
+    """
+
+    error: float
+    moved: int
+    tolerance: float = 1e-9
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        return f"{'ok' if self.ok else 'FAILED'}: {self.moved} neurons moved, relative error {self.error:.1e}"
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and all buffers by every name they have."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+
+
+def verify(
+    module: nn.Module, classes: AxisClasses, seed: int = 0, *, tolerance: float = 1e-9, only: Sequence[int] | None = None
+) -> Verification:
+    """Draws a random element of the symmetry, applies it in float64, runs the network: the output must not move.
+
+    Args:
+        module: the network (or any other with the same structure).
+        classes: what ``infer_classes`` found.
+        seed: of the element.
+        tolerance: relative error that still counts as equal.
+        only: indices of the classes to move (default: all).
+    """
+    traced = classes.traced
+    graph = traced.graph_module
+    with evaluating(module, graph):
+        known = full_state(graph)
+        state = {k: to_device(v.detach(), v.device, torch.float64) for k, v in full_state(module).items() if k in known}
+        moves = random_element(classes, seed, only)
+        args, kwargs = to_device((traced.args, dict(traced.kwargs)), None, torch.float64)
+        before = call(graph, args, kwargs, state=state)
+        after = call(graph, args, kwargs, state=apply(classes, moves, state))
+    moved = sum(int((m != torch.arange(len(m))).sum()) for m in moves)
+    return Verification(relative_error(before, after), moved, tolerance)
+
+
+def relative_error(expected: object, got: object) -> float:
+    """Largest difference over the largest entry, over all tensors of two nested outputs; inf where they do not match."""
+    a = [t for t in pytree.tree_leaves(expected) if isinstance(t, Tensor)]
+    b = [t for t in pytree.tree_leaves(got) if isinstance(t, Tensor)]
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.numel():
+            x, y = x.double(), y.double()
+            scale = float(x.abs().max()) or 1.0
+            error = float((x - y).abs().max()) / scale
+            worst = max(worst, error if error == error else float("inf"))
+    return worst
