@@ -32,17 +32,19 @@ def evaluate(
     return 100 * correct / len(labels), loss / len(labels)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
-    """Columns under a header: the first flush left, the others flush right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str = "", markdown: bool = False) -> str:
+    """Columns under a header; ``align`` has "l" or "r" per column, by default "l" first and then "r"."""
+    align = align or "l" + "r" * (len(header) - 1)
     widths = [max(len(row[k]) for row in (header, *rows)) for k in range(len(header))]
     edge, gap = ("| ", " | ") if markdown else ("", "  ")
 
     def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return edge + gap.join(padded) + edge[::-1]
+        padded = (c.ljust(w) if a == "l" else c.rjust(w) for a, c, w in zip(align, cells, widths, strict=True))
+        return (edge + gap.join(padded) + edge[::-1]).rstrip()
 
     if markdown:
-        rule = "|" + "|".join("-" * (w + 2) if k == 0 else "-" * (w + 1) + ":" for k, w in enumerate(widths)) + "|"
+        cells = ("-" * (w + 2) if a == "l" else "-" * (w + 1) + ":" for a, w in zip(align, widths, strict=True))
+        rule = "|" + "|".join(cells) + "|"
     else:
         rule = "-" * (sum(widths) + len(gap) * (len(widths) - 1))
     return "\n".join([line(header), rule, *(line(row) for row in rows)])

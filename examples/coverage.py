@@ -15,6 +15,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 import fxmerge
+from fxmerge.ir import AxisClass
 from fxmerge.matchers import WeightMatching
 
 MODELS = (
@@ -35,7 +37,7 @@ MODELS = (
 OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
 IMAGE = {"inception_v3": 299}
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
-HEADER = ("model", "nodes", "classes", "free neurons", "all neurons", "verify", "twin", "infer s", "twin s")
+HEADER = ("model", "nodes", "classes", "free neurons", "all neurons", "infer s", "verify", "twin", "twin s")
 
 
 @torch.no_grad()
@@ -70,16 +72,17 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
     return float((output - expected).abs().max() / (expected - expected.mean()).abs().max())
 
 
-def pinned(classes: fxmerge.AxisClasses) -> Counter[str]:
-    """Reason -> number of neurons it pins, the names of nodes left out of the reasons."""
-    reasons: Counter[str] = Counter()
+def pinned(classes: Iterable[AxisClass]) -> Counter[tuple[str, str]]:
+    """(where, why) -> number of pinned neurons; numbers in the names of parameters and the names of nodes left out."""
+    found: Counter[tuple[str, str]] = Counter()
     for c in classes:
         if not c.free and c.sites:
-            reasons[re.sub(r"'[^']*'|`[^`]*`", "..", str(c.pinned))] += c.size
-    return reasons
+            where, why = re.sub(r"\[\d+\]$|'+$", "", c.name), re.sub(r" \([^()]*\)$", "", str(c.pinned))
+            found[re.sub(r"\d+(?=\.)", "*", where), why] += c.size
+    return found
 
 
-def check(name: str, with_twin: bool) -> tuple[tuple[str, ...], Counter[str], bool]:
+def check(name: str, with_twin: bool) -> tuple[tuple[str, ...], Counter[tuple[str, str]], bool]:
     """One row of the table, the reasons for pinned neurons, and whether every check held."""
     torch.manual_seed(0)
     images = torch.randn(2, 3, size := IMAGE.get(name, 224), size)
@@ -90,32 +93,34 @@ def check(name: str, with_twin: bool) -> tuple[tuple[str, ...], Counter[str], bo
     infer_seconds = time.perf_counter() - start
     verified = fxmerge.verify(model, classes, seed=1)
 
-    twin_error, twin_seconds = float("nan"), float("nan")
+    twin_error, twin_cells = 0.0, ("", "")
     if with_twin:
         model, images = model.double(), images.double()
         start = time.perf_counter()
         twin = fxmerge.permute(model, classes, seed=1)
         merged = fxmerge.merge(model, twin, example_inputs=images, matcher=WeightMatching()).module
-        twin_seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
         with torch.no_grad():
             twin_error = relative_error(merged(images), model(images))
+        twin_cells = (f"{twin_error:.0e}", f"{seconds:.1f}")
     row = (
         name, str(len(classes.traced.graph_module.graph.nodes)), str(len(classes)), str(classes.free),
-        str(classes.total), f"{verified.error:.0e}", f"{twin_error:.0e}", f"{infer_seconds:.1f}", f"{twin_seconds:.1f}",
+        str(classes.total), f"{infer_seconds:.1f}", f"{verified.error:.0e}", *twin_cells,
     )  # fmt: skip
-    return row, pinned(classes), verified.ok and not twin_error > 1e-9
+    return row, pinned(classes), verified.ok and twin_error <= 1e-9
 
 
-def page(rows: list[tuple[str, ...]], reasons: dict[str, Counter[str]]) -> str:
+def page(rows: list[tuple[str, ...]], reasons: dict[str, Counter[tuple[str, str]]]) -> str:
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} threads"
     method = inspect.cleandoc(__doc__ or "").split("\n\n")[2]
     legend = (
         "- nodes: of the traced graph; classes: sets of neurons that move together, pinned ones included.\n"
+        "- infer s: seconds to trace and infer.\n"
         "- verify: relative change of the output in float64 under a random element of the whole inferred symmetry.\n"
         "- twin: relative difference in float64 between the network and its merge with a permuted twin.\n"
-        "- infer s: seconds to trace and infer; twin s: to permute, infer again, match, rewrite and verify."
+        "- twin s: seconds to permute, infer again, match, rewrite and verify."
     )
-    why = [(name, str(count), reason) for name, found in reasons.items() for reason, count in found.most_common()]
+    why = [(name, f"{count}", *key) for name, found in reasons.items() for key, count in found.most_common()]
     parts = (
         "# Coverage: every torchvision classification family",
         f"Written by `python examples/coverage.py` with {versions}.",
@@ -123,7 +128,7 @@ def page(rows: list[tuple[str, ...]], reasons: dict[str, Counter[str]]) -> str:
         table(HEADER, rows, markdown=True),
         legend,
         "## What is pinned, and why",
-        table(("model", "neurons", "reason"), why, markdown=True),
+        table(("model", "neurons", "axis", "reason"), why, align="lrll", markdown=True),
     )
     return "\n\n".join(parts) + "\n"
 

@@ -9,6 +9,7 @@ downloads CIFAR-10 into ``--root``. Matching and the repair of BatchNorm see unl
 """
 
 import argparse
+import io
 import itertools
 import time
 from collections import defaultdict
@@ -19,10 +20,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import Ensemble, evaluate, table
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
-from torchvision.io import decode_jpeg
 from tqdm import tqdm
 
 import fxmerge
@@ -118,10 +119,11 @@ def cifar10(split: str, archive: Path | None, root: Path, index: Tensor | slice 
         dataset = CIFAR10(root, train=split == "train", download=True)
         return torch.from_numpy(dataset.data).permute(0, 3, 1, 2)[index], torch.tensor(dataset.targets)[index]
     with np.load(archive) as arrays:
-        stream, offsets = torch.from_numpy(arrays[f"{split}_jpeg"]), torch.from_numpy(arrays[f"{split}_offsets"])
+        stream, offsets = arrays[f"{split}_jpeg"], torch.from_numpy(arrays[f"{split}_offsets"])
         labels = torch.from_numpy(arrays[f"{split}_labels"]).long()
     spans = zip(offsets[:-1][index].tolist(), offsets[1:][index].tolist(), strict=True)
-    return torch.stack([decode_jpeg(stream[a:b]) for a, b in spans]), labels[index]
+    images = np.stack([Image.open(io.BytesIO(stream[a:b])) for a, b in spans])
+    return torch.from_numpy(images).permute(0, 3, 1, 2), labels[index]
 
 
 def normalise(images: Tensor) -> Tensor:

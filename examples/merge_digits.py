@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="mlp")
     parser.add_argument("--matcher", choices=MATCHERS, action="append", help="may be given twice; default: every one")
-    parser.add_argument("--seed", type=int, default=0, help="the parents train from this seed and the next")
+    parser.add_argument("--seed", type=int, default=0, help="the parents train from this seed and the one after")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--save", metavar="FOLDER", help="write what the last matcher merged, and read it back")
     args = parser.parse_args()
@@ -159,10 +159,19 @@ def main() -> None:
         parents.append(train(ARCHITECTURES[args.architecture], seed, images, labels, args.epochs))
         measure(name, parents[-1], time.perf_counter() - start)
 
-    for matcher in args.matcher or MATCHERS:
+    jobs = [("plain average", "average", {"repair": None})]
+    jobs += [(f"merged by {name}, repaired", name, {}) for name in args.matcher or MATCHERS]
+    for name, matcher, options in jobs:
         start = time.perf_counter()
-        result = fxmerge.merge(*parents, example_inputs=images[:2], data=images.split(200), matcher=MATCHERS[matcher]())
-        measure(f"merged, {matcher}", result.module, time.perf_counter() - start)
+        result = fxmerge.merge(
+            *parents,
+            example_inputs=images[:2],
+            data=images.split(200),
+            matcher=MATCHERS[matcher](),
+            progress=False,
+            **options,
+        )
+        measure(name, result.module, time.perf_counter() - start)
     measure("ensemble of A and B", Ensemble(*parents), None)
 
     print(result.report, end="\n\n")

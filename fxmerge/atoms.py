@@ -29,6 +29,11 @@ def mix(x: Ints | int) -> Ints:
         return (z ^ (z >> np.uint64(31))).astype(np.int64)
 
 
+def distinct(x: Ints) -> bool:
+    """Whether no value occurs twice; ascending arrays, the common case, need no sorting."""
+    return bool((x[1:] > x[:-1]).all()) or len(np.unique(x)) == len(x)
+
+
 def unique_pairs(x: Ints, y: Ints) -> tuple[Ints, Ints]:
     """The distinct pairs (x[i], y[i]), sorted."""
     if not x.size:
@@ -85,25 +90,26 @@ class Atoms:
     def origin(self, ids: Ints) -> Ints:
         return self._origin[ids]
 
-    def union(self, x: Ints, y: Ints) -> None:
-        """Atoms x[i] and y[i] are the same neuron."""
+    def union(self, x: Ints, y: Ints) -> bool:
+        """Atoms x[i] and y[i] are the same neuron. Whether this united more than pairs, as x meeting itself moved does."""
         x, y = self.find(x), self.find(y)
         differ = x != y
         low, high = np.minimum(x, y)[differ], np.maximum(x, y)[differ]
         if not low.size:
-            return
-        if len(np.unique(high)) == len(high) and not np.isin(low, high).any():
-            roots = low
+            return False
+        if distinct(high) and (low.max() < high.min() or not np.isin(low, high).any()):
+            roots, chained = low, False
         else:  # chains within one call: close them first
             ids, flat = np.unique(np.concatenate([low, high]), return_inverse=True)
             a, b = flat[: len(low)], flat[len(low) :]
             _, part = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(ids),) * 2), directed=False)
             first = np.full(part.max() + 1, np.iinfo(np.int64).max)
             np.minimum.at(first, part, ids)
-            high, roots = ids, first[part]
+            high, roots, chained = ids, first[part], True
         lost = self._block[roots] < 0
         self._block[roots[lost]] = self._block[high[lost]]
         self._root[high] = roots
+        return chained
 
     def under(self, child: Ints, block: Ints) -> None:
         """Atom child[i] lives inside block[i]."""

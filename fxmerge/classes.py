@@ -66,16 +66,16 @@ def _close(found: Interpretation) -> AxisClasses:
     atoms, size = found.atoms, found.atoms.size
     everything = np.arange(size)
     origin = atoms.origin(everything)
-    base = np.zeros(size, np.int64)
-    np.add.at(base, everything, mix(origin + 1))
+    base = mix(origin + 1)
     reasons: dict[int, str] = {}
     first_colour: Ints | None = None
+    tagged = np.concatenate([t for t, _, _ in atoms.tags]) if atoms.tags else np.zeros(0, np.int64)
+    marks = mix(np.concatenate([m for _, m, _ in atoms.tags])) if atoms.tags else tagged
     while True:
         root = atoms.find(everything)
         kinds = np.zeros(size, np.int64)
         np.add.at(kinds, root, base)
-        for tagged, marks, _ in atoms.tags:
-            np.add.at(kinds, root[tagged], mix(marks))
+        np.add.at(kinds, root[tagged], marks)
         child, block = _edges(atoms, root)
         colour = _colours(size, kinds, child, block)
         if first_colour is None:
@@ -83,10 +83,10 @@ def _close(found: Interpretation) -> AxisClasses:
         if not _absorb(atoms, colour, child, block, root):
             break
     assert first_colour is not None
-    for tagged, _, reason in atoms.tags:
+    for who, _, reason in atoms.tags:
         if reason is not None:
-            for k in root[tagged]:
-                reasons.setdefault(int(k), reason)
+            for k in root[who].tolist():
+                reasons.setdefault(k, reason)
     return _build(found, root, colour, child, block, reasons, first_colour)
 
 
@@ -174,7 +174,7 @@ def _build(
             for b in parents[kinds[0]]:
                 above.append(int(number[members[b][0]]))
                 columns.append(place[parents[kinds[0]][b][who]])
-        first = min(sites[new], key=lambda s: (found.sites.index(s), s)) if sites[new] else None
+        first = next(iter(sites[new]), None)  # in order of appearance
         name = str(first) if first is not None else "blocks"
         if name in names:
             name += f"[{int(sites[new][first].min())}]" if first is not None else f" {new}"
@@ -280,19 +280,17 @@ def _sites(found: Interpretation, root: Ints, number: Ints, place: Ints, slot_co
     index = raw - np.asarray(found.starts)[origin[raw]] if len(found.starts) else raw
     cls, pos = number[root[raw]], place[root[raw]]
     # places of the same nature in all neurons stand in one column; columns by their first place
-    _, nature = np.unique(np.stack([cls, origin[raw], slot_colour[raw]], 1), axis=0, return_inverse=True)
-    nature = nature.ravel()
-    first = np.full(nature.max() + 1 if len(nature) else 0, len(root))
+    _, shade = np.unique(slot_colour[raw], return_inverse=True)
+    _, nature = np.unique((cls * len(found.sites) + origin[raw]) * (shade.max(initial=0) + 1) + shade, return_inverse=True)
+    first = np.full(nature.max(initial=-1) + 1, len(root))
     np.minimum.at(first, nature, index)
     order = np.lexsort((index, first[nature], pos, origin[raw], cls))
     sites: list[dict[Site, torch.Tensor]] = [{} for _ in range(count)]
-    key = np.stack([cls[order], origin[raw][order]], 1)
-    cuts = np.flatnonzero((np.diff(key, axis=0) != 0).any(1)) + 1
-    for part in np.split(order, cuts):
+    key = (cls * len(found.sites) + origin[raw])[order]
+    for part in np.split(order, np.flatnonzero(np.diff(key)) + 1):
         if len(part):
-            c, o = int(cls[part[0]]), int(origin[raw][part[0]])
-            n = len(np.unique(pos[part]))
-            sites[c][found.sites[o]] = torch.from_numpy(index[part].reshape(n, -1))
+            c, o = int(cls[part[0]]), int(origin[raw[part[0]]])
+            sites[c][found.sites[o]] = torch.from_numpy(index[part].reshape(int(pos[part[-1]]) + 1, -1))
     return sites
 
 

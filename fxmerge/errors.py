@@ -31,3 +31,13 @@ class FormatError(FxMergeError):
 
 class FxMergeWarning(UserWarning):
     """Something was left out or pinned; the result is right but less than it could be."""
+
+
+def told(error: Exception) -> str:
+    """What another library's error says, to stand inside a sentence."""
+    return f"{type(error).__name__}: {error}".rstrip(". \n")
+
+
+def few(names: list[str]) -> str:
+    """Three of the names and the number of the others."""
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

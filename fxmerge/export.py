@@ -37,12 +37,22 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import get_overridable_functions
 from torch.utils import _pytree as pytree
 
-from .errors import FormatError, FxMergeError
+from fxmerge.errors import FormatError, FxMergeError, told
 
 VERSION = 1
+_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # of bad values
 _GRAPH, _TENSORS, _RECIPE, _REPORT = "graph.json", "model.safetensors", "recipe.json", "report.html"
 
 
@@ -65,7 +75,8 @@ def save(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FormatError(f"{folder} exists already and would be overwritten; give another folder, or remove it first")
-    document, tensors = _describe(module)
+    with _naming(type(module).__name__):
+        document, tensors = _describe(module)
     files = {_GRAPH: json.dumps(document, indent=1, allow_nan=False)}
     try:
         files[_RECIPE] = json.dumps(recipe or {}, indent=1)
@@ -86,7 +97,7 @@ def save(
             folder.rmdir()  # is empty
         partial.rename(folder)
     except (SafetensorError, LookupError, OSError) as error:
-        raise FormatError(f"{folder} could not be written: {type(error).__name__}: {error}") from error
+        raise FormatError(f"{folder} could not be written: {told(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -175,37 +186,35 @@ def _with_dynamic_batch(
 
 _BUILTINS = (abs, bool, complex, divmod, float, getattr, int, len, list, max, min, pow, round, slice, sum, tuple)
 _ATTRIBUTES = frozenset(  # of tensors, of devices and dtype limits, of the named results of max, svd and the like
-    "shape dtype device layout ndim T mT H mH real imag data itemsize nbytes requires_grad is_cpu is_cuda is_mps is_xpu "
-    "is_meta is_leaf is_nested is_quantized is_sparse type index min max eps tiny values indices sign logabsdet U S V "
-    "Vh Q R L LU pivots P eigenvalues eigenvectors solution".split()
+    "shape dtype device layout ndim T mT H mH real imag data itemsize nbytes requires_grad is_cpu is_cuda is_mps "
+    "is_xpu is_meta is_leaf is_nested is_quantized is_sparse type index min max eps tiny values indices sign logabsdet "
+    "U S V Vh Q R L LU pivots P eigenvalues eigenvectors solution".split()
 )
 _UNSAFE = frozenset(  # memory, files and callbacks
-    "from_file from_numpy frombuffer apply_ map_ map2_ set_ data_ptr const_data_ptr storage_type untyped_storage numpy "
-    "share_memory_ record_stream register_hook register_post_accumulate_grad_hook module_load backward".split()
+    "from_file from_numpy frombuffer apply_ map_ map2_ set_ data_ptr const_data_ptr storage storage_type "
+    "untyped_storage numpy share_memory_ record_stream register_hook register_post_accumulate_grad_hook "
+    "module_load backward".split()
 )
 _METHODS_BESIDES = "new_empty new_full new_ones new_tensor new_zeros as_strided stride unflatten".split()
+_FUNCTION = (types.FunctionType, types.BuiltinFunctionType)
 _CONVERSIONS = ("__bool__", "__complex__", "__float__", "__int__", "__len__")
 
 
 @cache
 def _functions() -> dict[str, Callable[..., Any]]:
     """Dotted name -> function, for all that a graph may call apart from torchvision's."""
-    kernels = [getattr(torch._C, f"_{name}") for name in ("VariableFunctions", "nn", "fft", "linalg", "special")]
+    native = [getattr(torch._C, name) for name in ("_VariableFunctions", "_nn", "_fft", "_linalg", "_special")]
     allowed = {f for functions in get_overridable_functions().values() for f in functions}
-    allowed |= {getattr(k, name) for k in kernels for name in dir(k) if not name.startswith("_")}
+    allowed |= {getattr(n, name) for n in native for name in dir(n) if not name.startswith("_")}
     allowed |= {f for f in vars(F).values() if getattr(f, "__module__", "") == F.__name__ and callable(f)}
     allowed |= {torch.is_tensor, torch.broadcast_shapes, torch.get_default_dtype}
     found: dict[str, Callable[..., Any]] = {"torch._assert": torch._assert}
-    spaces = {s.__name__: s for s in (torch, F, torch.linalg, torch.fft, torch.special)} | {
-        "torch._C._nn": torch._C._nn
-    }
-    for space, holder in spaces.items():
-        for name in dir(holder):
-            function = getattr(holder, name)
-            if isinstance(function, (types.FunctionType, types.BuiltinFunctionType)) and function in allowed:
-                if not name.startswith("_") and name not in _UNSAFE:
-                    found[f"{space}.{name}"] = function
-    operators = {*operator.__all__} - {"attrgetter", "call", "itemgetter", "methodcaller"}
+    for space in ("torch", "torch.nn.functional", "torch.linalg", "torch.fft", "torch.special", "torch._C._nn"):
+        functions = vars(sys.modules[space])
+        for name in sorted(functions.keys() - _UNSAFE):
+            if isinstance(functions[name], _FUNCTION) and functions[name] in allowed and not name.startswith("_"):
+                found[f"{space}.{name}"] = functions[name]
+    operators = set(operator.__all__) - {"attrgetter", "call", "itemgetter", "methodcaller"}
     found |= {f"operator.{name}": getattr(operator, name) for name in operators}
     found |= {f"math.{name}": f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
     return found | {f"builtins.{f.__name__}": f for f in _BUILTINS}
@@ -231,7 +240,7 @@ def _member(name: str, *spaces: str) -> Any:
     space, _, attribute = name.rpartition(".")
     if not space.startswith(spaces):
         return None
-    if space.startswith("torchvision.") and importlib.util.find_spec("torchvision"):
+    if space.startswith("torchvision."):
         importlib.import_module("torchvision")
     found = vars(sys.modules[space]).get(attribute) if space in sys.modules else None
     return found if getattr(found, "__module__", None) == space else None
@@ -246,7 +255,7 @@ def _function(name: str) -> Callable[..., Any]:
         wrapped = (id(function.__globals__), function.__name__) in fx._symbolic_trace._wrapped_fns_to_patch
         if wrapped or name.startswith("torchvision.ops."):
             return function
-    raise FormatError(f"the function {name!r} is not on the allow-list of torch and torchvision functions")
+    raise FormatError(f"the function {name!r} is not on the allow-list; write it with functions of torch")
 
 
 def _function_name(function: Any) -> str:
@@ -262,7 +271,7 @@ def _class(name: str) -> type[nn.Module]:
     cls = _member(name, "torch.nn.modules.", "torchvision.ops.")
     if inspect.isclass(cls) and issubclass(cls, nn.Module):
         return cls
-    raise FormatError(f"the class {name!r} is not a module of torch.nn or torchvision.ops")
+    raise FormatError(f"the class {name!r} is not in torch.nn or torchvision.ops; build it from modules of torch.nn")
 
 
 # Values ------------------------------------------------------------------------------------------------------
@@ -390,10 +399,11 @@ def _describe_module(module: nn.Module, path: str, called: set[Any], inside: boo
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     spec: dict[str, Any] = {"class": "torch.nn.modules.module.Module", "attributes": {"training": module.training}}
     try:
-        spec = _describe_constructor(module, name)
-    except FormatError as error:
+        with _naming(f"module {path!r} of class {name}"):
+            spec = _describe_constructor(module, name)
+    except FormatError:
         if inside:
-            raise FormatError(f"module {path!r} of class {name} cannot be stored: {error}") from error
+            raise
     children = {
         key: child and _describe_module(child, f"{path}.{key}".lstrip("."), called, inside)
         for key, child in module._modules.items()
@@ -407,19 +417,19 @@ def _describe_constructor(module: nn.Module, name: str) -> dict[str, Any]:
         raise FormatError("this is no longer the class of that name")
     if module._forward_hooks or module._forward_pre_hooks:
         raise FormatError("its forward hooks would be lost; remove them")
-    signatures = (inspect.signature(cls.__init__) for cls in type(module).__mro__ if "__init__" in vars(cls))
+    signatures = (inspect.signature(vars(cls)["__init__"]) for cls in type(module).__mro__ if "__init__" in vars(cls))
     named = ([p for p in s.parameters.values() if not p.kind.name.startswith("VAR")][1:] for s in signatures)
-    arguments = {p.name: _argument(module, p) for p in next(filter(None, named), [])}
-    encoded = {key: _encode(value) for key, value in arguments.items() if value is not _UNSAID}
-    bare = _construct({"class": name, "args": encoded})
+    given = ((p.name, _argument(module, p)) for p in next(filter(None, named), []))
+    arguments = {key: _encode(value) for key, value in given if value is not _UNSAID}
+    bare = _construct({"class": name, "args": arguments})
     made, held = (
         {k: [*t.shape] for k, t in {**m._parameters, **m._buffers}.items() if t is not None} for m in (bare, module)
     )
     if made != held and type(module) is not nn.Module:
-        raise FormatError(f"its constructor, called with {arguments}, makes the tensors {made}, but it holds {held}")
+        raise FormatError(f"its constructor, called with {arguments}, makes {made}, but it holds {held}")
     shared = [key for key in vars(bare) if key in vars(module) and not key.startswith("_")]
     now, then = ({key: _encode(vars(m)[key]) for key in shared} for m in (module, bare))
-    return {"class": name, "args": encoded, "attributes": {key: now[key] for key in shared if now[key] != then[key]}}
+    return {"class": name, "args": arguments, "attributes": {key: now[key] for key in shared if now[key] != then[key]}}
 
 
 def _argument(module: nn.Module, parameter: inspect.Parameter) -> Any:
@@ -432,9 +442,9 @@ def _argument(module: nn.Module, parameter: inspect.Parameter) -> Any:
         return _UNSAID
     if name in module._parameters:  # such as bias: whether there is one
         return module._parameters[name] is not None
-    if not hasattr(module, name) and parameter.default is _UNSAID:
+    if name not in vars(module) and parameter.default is _UNSAID:
         raise FormatError(f"its constructor requires {name!r}, which it does not keep")
-    return getattr(module, name, _UNSAID)
+    return vars(module).get(name, _UNSAID)
 
 
 def _describe_tensors(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -448,7 +458,7 @@ def _describe_tensors(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str,
             if t is not None:
                 found[f"{path}.{key}".lstrip(".")] = t, record
     for node in module.graph.find_nodes(op="get_attr"):
-        value = reduce(getattr, node.target.split("."), module)
+        value: Any = reduce(getattr, node.target.split("."), module)
         if not isinstance(value, Tensor):
             raise FormatError(f"node {node.name!r} reads {node.target!r}, a {type(value).__name__}; make it a buffer")
         found.setdefault(node.target, (value, {"kind": "constant"}))
@@ -458,14 +468,14 @@ def _describe_tensors(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str,
     first: dict[Any, str] = {}
     storages: set[int] = set()
     for name, (t, record) in found.items():
-        if t.layout is not torch.strided or t.is_quantized or t.is_meta:
-            raise FormatError(f"{name!r} is sparse, quantised or on the meta device; only dense tensors can be stored")
+        if is_lazy(t) or t.layout is not torch.strided or t.is_quantized or t.is_meta:
+            raise FormatError(f"{name!r} is sparse, quantised, on the meta device or not initialised; make it dense")
         records[name] = record | {"dtype": _encode(t.dtype), "shape": [*t.shape]}
         same = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else id(t)
         if first.setdefault(same, name) != name:
             records[name]["same_as"] = first[same]
             continue
-        order = sorted(range(t.ndim), key=lambda d: -t.stride(d))
+        order = sorted(range(t.ndim), key=t.stride, reverse=True)
         if not t.is_contiguous() and t.permute(order).is_contiguous():
             records[name]["order"] = order  # such as channels_last, which decides the kernel and so the rounding
         dense = t.detach().cpu().contiguous()
@@ -498,16 +508,8 @@ def _construct(spec: Mapping[str, Any]) -> nn.Module:
         warnings.simplefilter("ignore")
         try:
             return _class(spec["class"])(**arguments)
-        except (
-            ArithmeticError,
-            AssertionError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise FormatError(f"{spec['class']}(**{arguments}) fails: {type(error).__name__}: {error}") from error
+        except _FAULTS as error:
+            raise FormatError(f"{spec['class']}(**{arguments}) fails: {told(error)}") from error
 
 
 def _build(spec: Mapping[str, Any]) -> nn.Module:
@@ -541,9 +543,10 @@ def _install(root: nn.Module, records: Mapping[str, Any], stored: Mapping[str, T
         source, kind, grad = record.get("same_as", name), record["kind"], record.get("requires_grad", False)
         tensor, shape, dtype = stored[source], record["shape"], _decode(record["dtype"])
         if [*tensor.shape] != shape or tensor.dtype != dtype:
-            raise FormatError(
-                f"the tensor {source!r} is {tensor.dtype} {[*tensor.shape]} in {_TENSORS} but {dtype} {shape} in {_GRAPH}"
-            )
+            there, here = f"{tensor.dtype} {[*tensor.shape]} in {_TENSORS}", f"{dtype} {shape} in {_GRAPH}"
+            raise FormatError(f"the tensor {name!r} is {there} but {here}")
+        if kind not in ("parameter", "buffer", "constant"):
+            raise FormatError(f"the tensor {name!r} is a {kind!r}, which is unknown")
         if (source, kind, grad) not in placed:
             if order := records[source].get("order"):
                 tensor = tensor.permute(order).contiguous().permute(sorted(order, key=order.__getitem__))
@@ -555,7 +558,7 @@ def _install(root: nn.Module, records: Mapping[str, Any], stored: Mapping[str, T
             owner.register_parameter(key, placed[source, kind, grad])  # type: ignore[arg-type]
         else:
             owner._buffers.pop(key, None)
-            owner.register_buffer(key, placed[source, kind, grad], persistent=record.get("persistent", False))
+            owner.register_buffer(key, placed[source, kind, grad], persistent=record.get("persistent", True))
         if kind == "constant":
             setattr(owner, key, owner._buffers.pop(key))
     for name, tensor in chain(root.named_parameters(), root.named_buffers()):
@@ -566,6 +569,8 @@ def _install(root: nn.Module, records: Mapping[str, Any], stored: Mapping[str, T
 def _rebuild_graph(records: list[dict[str, Any]], root: fx.GraphModule) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
+    if not records or records[-1]["op"] != "output":
+        raise FormatError("the last node is no output")
     for record in records:
         op, name, target = record["op"], record["name"], record["target"]
         with _naming(f"node {name!r} ({op} {target})"):
@@ -590,12 +595,14 @@ def _target(op: str, name: str, args: tuple[Any, ...], root: fx.GraphModule) -> 
         raise FormatError(f"the method {name!r} is not on the allow-list of tensor methods")
     if op == "placeholder":
         _name(name.lstrip("*"))
-    if op in ("call_module", "get_attr"):
+    elif op in ("call_module", "get_attr"):
         if not re.fullmatch(r"[\w .:/+-]+", name):
             raise FormatError(f"{name!r} is no path of a module or a tensor")
         found = reduce(getattr, name.split("."), root)
         if not isinstance(found, nn.Module if op == "call_module" else Tensor) or type(found) is nn.Module:
             raise FormatError(f"{name!r} is a {type(found).__name__}")
+    elif op not in ("call_method", "output"):
+        raise FormatError(f"{op!r} is no operation of a graph")
     return name
 
 
@@ -613,5 +620,5 @@ def _naming(where: str) -> Iterator[None]:
         yield
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from error
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise FormatError(f"{where}: {type(error).__name__}: {error}") from error
+    except _FAULTS as error:
+        raise FormatError(f"{where}: {told(error)}") from error

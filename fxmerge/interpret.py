@@ -7,25 +7,26 @@ not yet taken apart. Values that depend on neither inputs nor parameters are con
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.backends.mha
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxmerge.atoms import Atoms
 from fxmerge.ir import Site, Traced
-from fxmerge.labels import Context, Label, varying
-from fxmerge.rules import RULES
-from fxmerge.trace import evaluating
+from fxmerge.labels import Context, Label, combine, varying
+from fxmerge.rules import MOVEMENT, RULES
+from fxmerge.running import bind, evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +118,10 @@ class Interpretation(Context):
         name = self._names.get(_key(t)) if t.numel() and not t.is_sparse else None
         return None if name is None else self._remember(t, self._parameter(name, t))
 
+    def is_constant(self, t: Tensor) -> bool:
+        """Whether a value depends on neither inputs nor parameters."""
+        return id(t) not in self._labels and not (t.numel() and _key(t) in self._names)
+
     def state(self, t: Tensor | Label) -> Label:
         """A buffer that is trained state (running statistics): labelled like a parameter."""
         if isinstance(t, Label):
@@ -137,8 +142,9 @@ class Interpretation(Context):
         neurons = []
         site = self.site(Site(name, 0), out)
         read = self.site(Site(name, 1, groups), groups * inside)
-        rows = torch.from_numpy(read).reshape(groups, inside).repeat_interleave(out // groups, 0)
+        rows = torch.from_numpy(read).reshape(groups, inside)
         if groups > 1:
+            rows = rows.repeat_interleave(out // groups, 0)
             group = np.arange(groups)
             _, block = self.atoms.blocks(site, group.repeat(out // groups))
             self.atoms.under(read, block.repeat(inside))
@@ -146,9 +152,9 @@ class Interpretation(Context):
         if out > 1:
             neurons.append(torch.from_numpy(site).reshape(out, *[1] * (len(shape) - 1)))
         if rows.numel() > 1 and groups * inside > 1:
-            neurons.append((rows if groups > 1 else rows[:1]).reshape(-1, inside, *[1] * (len(shape) - 2)))
+            neurons.append(rows.reshape(-1, inside, *[1] * (len(shape) - 2)))
         fixed = self.positions(shape, range(2, len(shape)))
-        return self._remember(t, Label(shape, tuple(neurons), fixed, learned=True))
+        return self._remember(t, Label(shape, tuple(neurons), fixed, self.atoms.mark(), learned=True))
 
     def lift(self, x: Any) -> Label:
         """A label for any argument: constants by value."""
@@ -166,7 +172,7 @@ class Interpretation(Context):
             if size > 1:
                 sizes = [size if k == d else 1 for k in range(len(shape))]
                 neurons.append(torch.from_numpy(self.site(Site(name, d), size)).reshape(sizes))
-        return Label(shape, tuple(neurons), learned=True)
+        return Label(shape, tuple(neurons), kind=self.atoms.mark(), learned=True)
 
     def _remember(self, t: Tensor, label: Label) -> Label:
         self._labels[id(t)] = (t, label)
@@ -180,10 +186,11 @@ class Interpretation(Context):
         runner = _Runner(traced.graph_module, self)
         given = [x for x in pytree.tree_leaves((traced.args, dict(traced.kwargs))) if isinstance(x, Tensor)]
         for t in given:
-            label = Label(tuple(t.shape), fixed=self.positions(t.shape), why="the network's input")
+            fixed = tuple(t + 1 for t in self.positions(t.shape))  # told apart from positions made inside
+            label = Label(tuple(t.shape), fixed=fixed, kind=self.atoms.mark(), why="the network's input")
             self._remember(t, label)
         with evaluating(traced.graph_module), _without_fast_paths(), enable_python_dispatcher(), _Watch(self):
-            outputs = runner.run(*runner.bind(traced.args, traced.kwargs))
+            outputs = runner.run(*bind(traced.graph_module.graph, traced.args, traced.kwargs))
         for t in pytree.tree_leaves(outputs):
             if isinstance(t, Tensor) and (label := self.label_of(t)) is not None:
                 self.place = "output"
@@ -233,17 +240,30 @@ class Interpretation(Context):
                 self.pin(label, f"no rule for {name} at {self.place}")
             made = [self.unknown(t.shape) for t in outputs]
         made = [made] if isinstance(made, Label) else list(made)
+        if name not in MOVEMENT:
+            said = combine([zlib.crc32(name.encode()), *(self._kind(x) for x in pytree.tree_leaves(list(arguments.values())))])
+            made = [replace(label, kind=combine([said, k])) for k, label in enumerate(made)]
         before = args[0] if function._schema.is_mutable and args else None
         for t, label in zip(outputs, made, strict=False):
             if t is before and t._base is not None and t._base is not t:
                 self._write_through(t, label)
             self._remember(t, label)
 
+    def _kind(self, argument: Any) -> int:
+        """A hash of one argument, for the kind of what an operation makes."""
+        if isinstance(argument, Label):
+            return argument.kind
+        if isinstance(argument, Tensor):
+            if argument.numel() > 64:
+                return self.atoms.mark()
+            argument = argument.tolist()
+        return zlib.crc32(repr(argument).encode())
+
     def _write_through(self, view: Tensor, label: Label) -> None:
         """An in-place operation on a view changes what stands in that part of its base."""
         old = self.label_of(view)
         base = view._base
-        if base is None or (old is not None and old.neurons == label.neurons and old.fixed == label.fixed):
+        if base is None or (old is not None and _same(old.neurons, label.neurons) and _same(old.fixed, label.fixed)):
             return
         around = self.label_of(base) or self.constant(base)
         if not base.is_contiguous():
@@ -260,7 +280,12 @@ class Interpretation(Context):
         self._remember(base, self.join([around, label], write, around.shape))
 
 
+def _same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
+    return len(x) == len(y) and all(a is b for a, b in zip(x, y, strict=True))
+
+
 _WEIGHTS = frozenset({"conv1d", "conv2d", "conv3d"})
+_HEAVY = frozenset(f"aten::{name}" for name in ("conv1d", "conv2d", "conv3d", "linear", "matmul"))
 
 
 class _Watch(SchemaCheckMode):
@@ -276,9 +301,18 @@ class _Watch(SchemaCheckMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        self._interpretation.apply(func, args, kwargs, result)
+        with no_python_dispatcher():  # whatever runs below this level need not be watched
+            result = self._shaped(func, args, kwargs) if func._schema.name in _HEAVY else func(*args, **kwargs)
+            self._interpretation.apply(func, args, kwargs, result)
         return result
+
+    def _shaped(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Labels need no numbers: a contraction of labelled values is not computed, only its shape is."""
+        if all(self._interpretation.is_constant(t) for t in args if isinstance(t, Tensor)):
+            return func(*args, **kwargs)
+        device = next(t.device for t in args if isinstance(t, Tensor))
+        shape = func(*(t.to("meta") if isinstance(t, Tensor) else t for t in args), **kwargs)
+        return torch.zeros(shape.shape, dtype=shape.dtype, device=device)
 
 
 class _Runner(fx.Interpreter):
@@ -286,24 +320,11 @@ class _Runner(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self._interpretation = interpretation
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The values of the placeholders, in their order."""
-        positional, values = list(args), []
-        for node in self.module.graph.nodes:  # type: ignore[union-attr]
-            if node.op != "placeholder":
-                continue
-            if node.target in kwargs:
-                values.append(kwargs[node.target])
-            elif positional:
-                values.append(positional.pop(0))
-            elif node.args:
-                values.append(node.args[0])
-        return values
-
     def run_node(self, n: fx.Node) -> Any:
         self._interpretation.place = n.name
         value = super().run_node(n)
-        self._interpretation.see(n, value)
+        with no_python_dispatcher():
+            self._interpretation.see(n, value)
         return value
 
 

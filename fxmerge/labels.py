@@ -7,6 +7,8 @@ feature map [N, C, H, W] costs C + N + H + W integers.
 - ``neurons``: atoms. One tensor per independent kind: a feature map has one (its channels); the parameter [out, in]
   has two; tokens mixed by a learned matrix have two. -1 means that no neuron stands there (zero padding).
 - ``fixed``: identities that never move, as 64-bit hashes: pixel and token positions, entries of constants.
+- ``kind``: one hash for the whole value: which computation made it. Entries of one kind with the same neurons at the
+  same place hold the same number; where values of different kinds come to stand in one tensor (cat), kinds become fixed.
 
 Moving data moves labels by the very same operation. Everything else comes down to two verbs: ``align`` (entries that
 meet in a pointwise operation) and ``reduce`` (entries that are summed, averaged, normalised over). A contraction is
@@ -25,7 +27,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from fxmerge.atoms import Atoms, Ints, mix, unique_pairs
+from fxmerge.atoms import Atoms, Ints, distinct, mix, unique_pairs
 from fxmerge.ir import Site
 
 
@@ -36,6 +38,7 @@ class Label:
     shape: tuple[int, ...]
     neurons: tuple[Tensor, ...] = ()
     fixed: tuple[Tensor, ...] = ()
+    kind: int = 0
     learned: bool = False
     why: str = "position"
 
@@ -63,6 +66,14 @@ def narrow(t: Tensor) -> Tensor:
     return t
 
 
+def combine(parts: Iterable[int]) -> int:
+    """One hash of several, in order."""
+    total = 0
+    for part in parts:
+        total = int(mix(int(mix(total)) ^ part))
+    return total
+
+
 def _overlap(x: Tensor, y: Tensor) -> bool:
     return any(a > 1 and b > 1 for a, b in zip(x.shape, y.shape, strict=True))
 
@@ -81,6 +92,8 @@ class Context:
         self.reads: set[Site] = set()
         self.contracting: set[str] = set()  # nodes at which a contraction with parameters ran
         self.place = "the graph"  # the node at work, for reasons
+        self._places: dict[tuple[int, int], Tensor] = {}
+        self._chained = False  # whether neurons of one value became one
 
     # -- making labels -------------------------------------------------------------------------------------------
 
@@ -91,30 +104,31 @@ class Context:
         return self.atoms.fresh(size, len(self.sites) - 1)
 
     def positions(self, shape: Sequence[int], dims: Iterable[int] | None = None) -> tuple[Tensor, ...]:
-        """New fixed identities along each of ``dims`` (default: all) of a value of this shape."""
-        dims = range(len(shape)) if dims is None else dims
+        """Fixed identities along each of ``dims`` (default: all): place i of n on the d-th axis from the end."""
         made = []
-        for d in dims:
+        for d in range(len(shape)) if dims is None else dims:
             if shape[d] > 1:
-                sizes = [1] * len(shape)
-                sizes[d] = shape[d]
-                made.append(torch.from_numpy(mix(self.atoms.mark() + np.arange(shape[d]))).reshape(sizes))
+                key = (len(shape) - d, shape[d])
+                if key not in self._places:
+                    start = int(mix(int(mix(key[0])) ^ key[1]))
+                    self._places[key] = torch.from_numpy(mix(start + np.arange(shape[d])))
+                made.append(self._places[key].reshape([-1 if k == d else 1 for k in range(len(shape))]))
         return tuple(made)
 
     def constant(self, value: Tensor) -> Label:
         """A tensor that is no parameter: entries of equal value are alike, all others are told apart."""
-        shape = tuple(value.shape)
+        shape, kind = tuple(value.shape), self.atoms.mark()
         if value.numel() <= 1:
-            return Label(shape, learned=True)
+            return Label(shape, kind=kind, learned=True)
         value = value.detach().cpu()
         _, ids = torch.unique(torch.view_as_real(value) if value.is_complex() else value, return_inverse=True)
         ids = narrow(ids[..., 0] if value.is_complex() else ids)
-        fixed = () if not varying(ids) else (torch.from_numpy(mix(self.atoms.mark() + ids.numpy())),)
-        return Label(shape, fixed=fixed, learned=True, why="constant values")
+        fixed = () if not varying(ids) else (torch.from_numpy(mix(kind + ids.numpy())),)
+        return Label(shape, fixed=fixed, kind=kind, learned=True, why="constant values")
 
     def unknown(self, shape: Sequence[int]) -> Label:
         """A value of which nothing is known: every entry stands where it stands."""
-        return Label(tuple(shape), fixed=self.positions(shape))
+        return Label(tuple(shape), fixed=self.positions(shape), kind=self.atoms.mark())
 
     def pin(self, label: Label, reason: str) -> None:
         for t in label.neurons:
@@ -161,7 +175,12 @@ class Context:
 
         why = next((label.why for label in labels if label.fixed and label.why != "position"), "position")
         learned = all(label.learned for label in labels)
-        return Label(tuple(shape), paired("neurons"), paired("fixed"), learned, why)
+        fixed = list(paired("fixed"))
+        kinds = [label.kind for label in labels]
+        if len(set(kinds)) > 1:
+            fills = [torch.full((1,) * x.ndim, x.kind).expand(x.shape) for x in labels]
+            fixed = self._tell_apart(fixed, narrow(function(fills)))
+        return Label(tuple(shape), paired("neurons"), tuple(fixed), combine(kinds), learned, why)
 
     # -- meeting -------------------------------------------------------------------------------------------------
 
@@ -179,16 +198,33 @@ class Context:
             return t.reshape((1,) * (len(shape) - t.dim()) + tuple(t.shape))
 
         neurons: list[Tensor] = []
+        self._chained = False
         for label in labels:
             for t in map(lift, label.neurons):
                 neurons = self._meet(neurons, t)
         fixed: list[Tensor] = []
+        if self._chained:
+            for t in neurons:
+                fixed = self._tell_apart(fixed, self._turns(t))
         for label in labels:
             for t in map(lift, label.fixed):
                 fixed = self._tell_apart(fixed, t)
         why = next((x.why for x in labels if x.fixed and x.why != "position"), "position")
         neurons = [t for t in neurons if not any(_overlap(t, p) and self._given(t, p, why) for p in fixed)]
-        return Label(shape, tuple(neurons), tuple(fixed), learned, why)
+        return Label(shape, tuple(neurons), tuple(fixed), combine(x.kind for x in labels), learned, why)
+
+    def _turns(self, t: Tensor) -> Tensor:
+        """For neurons that a value holds in several places under different names: first, second, .. of each.
+
+        A value that met itself moved (rotary halves) ties the pair, but its two entries are not the same number.
+        """
+        raw = np.unique(t.numpy())
+        roots = self.atoms.find(raw)
+        order = np.argsort(roots, kind="stable")
+        starts = np.flatnonzero(np.r_[True, np.diff(roots[order]) != 0])
+        turn = np.empty(len(raw), np.int64)
+        turn[order] = np.arange(len(raw)) - np.repeat(starts, np.diff(np.r_[starts, len(raw)]))
+        return narrow(torch.from_numpy(mix(turn[np.searchsorted(raw, t.numpy())])))
 
     def _meet(self, known: list[Tensor], new: Tensor) -> list[Tensor]:
         """``known`` with ``new`` related to each of its members, and what another member implies left out."""
@@ -224,19 +260,21 @@ class Context:
         if np.array_equal(x, y):
             return small
         standing = (x >= 0) & (y >= 0)
-        x, y = unique_pairs(x[standing], y[standing])
-        if (x == y).all():
-            return small
+        if not standing.all():
+            x, y = x[standing], y[standing]
+        one_y, one_x = distinct(x), distinct(y)
+        if not (one_y and one_x):
+            x, y = unique_pairs(x, y)
+            one_y, one_x = distinct(x), distinct(y)
         atoms = self.atoms
-        one_y, one_x = len(np.unique(x)) == len(x), len(np.unique(y)) == len(y)
         if one_y and one_x:
-            atoms.union(x, y)
+            self._chained |= atoms.union(x, y)
             return small
         if one_y or one_x:
             fine, coarse = (x, y) if one_y else (y, x)
             # from each axis at most one neuron per coarse neuron: then they can only move together
             if len(unique_pairs(atoms.origin(fine), coarse)[0]) == len(fine):
-                atoms.union(fine, coarse)
+                self._chained |= atoms.union(fine, coarse)
             else:
                 atoms.under(fine, coarse)
             return "left" if one_y else "right"
@@ -267,7 +305,7 @@ class Context:
         x, p = np.broadcast_arrays(self._roots(t), fixed.numpy())
         standing = x.ravel() >= 0
         x, p = unique_pairs(x.ravel()[standing], p.ravel()[standing])
-        if len(np.unique(p)) < len(p):
+        if not distinct(p):
             return False
         self._mark(x, mix(p), f"{why} ({self.place})")
         return bool(standing.all())
@@ -353,7 +391,7 @@ class Context:
         x, group = np.broadcast_arrays(roots, sums)
         standing = x.ravel() >= 0
         x, group = unique_pairs(x.ravel()[standing], group.ravel()[standing])
-        if len(np.unique(x)) < len(x):
+        if not distinct(x):
             self.atoms.pin(x, f"overlapping sets reduced at {self.place}")
             return None
         groups, block = self.atoms.blocks(x, group)

@@ -26,9 +26,10 @@ from fxmerge.repair import Rescale, ResetBatchNorm
 from fxmerge.repair.batchnorm import batchnorms
 from fxmerge.report import Report
 from fxmerge.rewrite import rewrite
+from fxmerge.running import as_call, call, evaluating, preserved, to_device
 from fxmerge.stats import choose_taps, collect, listen
 from fxmerge.symmetry import Verification, full_state, load_state, verify as verify_symmetry
-from fxmerge.trace import as_call, call, evaluating, preserved, to_device, trace
+from fxmerge.trace import trace
 
 InputFn = Callable[[Any], Any]
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fxmerge.errors import InputError
 from fxmerge.ir import AxisClasses, Tap
-from fxmerge.trace import evaluating
+from fxmerge.running import bind, evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,22 +127,6 @@ class _Listener(fx.Interpreter):
         if n.name in self.nodes:
             self.heard[n.name] = value
         return value
-
-
-def bind(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Values of a graph's placeholders, in their order, for the call ``module(*args, **kwargs)``."""
-    positional, values = list(args), []
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            if node.target in kwargs:
-                values.append(kwargs[node.target])
-            elif positional:
-                values.append(positional.pop(0))
-            elif node.args:
-                values.append(node.args[0])
-            else:
-                raise InputError(f"no value for the network's input '{node.target}'; an input_fn(batch) can supply it")
-    return values
 
 
 def listen(module: fx.GraphModule, nodes: set[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxmerge.errors import VerifyError
 from fxmerge.ir import AxisClass, AxisClasses, Site
-from fxmerge.trace import call, evaluating, to_device
-from torch.utils import _pytree as pytree
+from fxmerge.running import call, evaluating, to_device
 
 Permutations = Sequence[Tensor]
 """Per class: int64 [size]; neuron i moves to place p[i]."""
@@ -35,10 +35,13 @@ def random_element(classes: AxisClasses, seed: int = 0, only: Sequence[int] | No
             moves.append(torch.from_numpy(here))
             continue
         cell, target = _cells(c, moves)
-        noise = rng.random(c.size) if only is None or k in only else here
-        source, goal = np.lexsort((noise, target)), np.lexsort((here, cell))
+        goal = np.lexsort((here, cell))
         move = np.empty(c.size, np.int64)
-        move[source] = goal
+        for _ in range(20):  # a class of two stays put every other time; then nothing would be tested
+            noise = rng.random(c.size) if only is None or k in only else here
+            move[np.lexsort((noise, target))] = goal
+            if (move != here).any():
+                break
         moves.append(torch.from_numpy(move))
     return moves
 

@@ -174,7 +174,7 @@ class Crelu(nn.Module):
         return self.head(torch.cat([F.relu(h), F.relu(-h)], dim=1))
 
 
-@network(f(4), POINT)  # x.repeat: copies move together
+@network(f(4) * f(3) ** 4, POINT)  # neurons; the three columns that read copies of one exchange
 class RepeatedFeatures(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -694,7 +694,9 @@ class Prelu(_Image):
         return self.slope(self.conv(self.slopes(x - 0.5)))
 
 
-@network(f(6) * f(4), IMAGE)  # weight [in, out, ..]
+# Weight [in, out, ..]. Stride and kernel are equal, so every kernel entry writes pixels of its own, and the mean over
+# pixels does not see which: the kernel's rows permute, and its columns.
+@network(f(6) * f(4) * f(2) * f(2), IMAGE)
 class ConvTranspose(_Image):
     def __init__(self) -> None:
         super().__init__(6, 4)
@@ -708,7 +710,7 @@ class ConvTranspose(_Image):
 class ConvTransposeGrouped(_Image):
     def __init__(self) -> None:
         super().__init__(6, 4)
-        self.up = nn.ConvTranspose2d(6, 4, 2, 2, groups=2)
+        self.up = nn.ConvTranspose2d(6, 4, 3, 2, groups=2)
 
     def body(self, x: Tensor) -> Tensor:
         return F.relu(self.up(x))
@@ -1084,7 +1086,8 @@ class LearnedLatents(nn.Module):
         return self.head(self.norm(z).mean(1))
 
 
-@network(f(2) * f(8) * f(3) * f(6), TOKENS)  # two slots are read apart from the other two: two pairs instead of four
+# Two latents are averaged, the other two read by columns of their own, which move with them: f(2) each.
+@network(f(2) * f(2) * f(8) * f(3) * f(6), TOKENS)
 class LatentsReadApart(LearnedLatents):
     def __init__(self) -> None:
         super().__init__()

@@ -24,8 +24,9 @@ The search is exhaustive: nothing found is false, and what is not found does not
 * A grouped convolution's input atoms are (group, place) pairs, taken from the module's ``groups``; grouped convolution
   called as a function on a parameter is not known as such.
 * Atoms that the function does not depend on (a key's bias under softmax, a bias before InstanceNorm) stay put.
-* A gradient must be symmetric where the parameters are: max over a dimension and batch_norm are replaced by forms
-  for which this holds, sort and topk over neurons are not.
+* Refinement needs gradients that are symmetric where the parameters are, and not zero. For it alone, max over a
+  dimension shares its gradient among equals, kinked functions give way to smooth ones with the same symmetries, and
+  batch_norm is written out. Sort and topk over neurons have no such form: there the search may miss something.
 * The inputs must tell apart what is to be told apart: all word indices must occur.
 """
 
@@ -34,15 +35,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import factorial, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from fxmerge.ir import AxisClasses
+if TYPE_CHECKING:
+    from fxmerge.ir import AxisClasses
 
 Axis = tuple[str, int]
 Permutation = dict[Axis, list[int]]  # atom i of the axis goes to place [i]
@@ -63,9 +66,7 @@ class Symmetries:
     live: Mapping[Axis, list[bool]]
 
 
-def find_symmetries(
-    model: nn.Module, inputs: Sequence[Tensor], seed: int = 0, budget: int = 3000
-) -> Symmetries:
+def find_symmetries(model: nn.Module, inputs: Sequence[Tensor], seed: int = 0, budget: int = 3000) -> Symmetries:
     """The permutations of parameter axes that leave ``model(*inputs)`` unchanged.
 
     Raises OracleError when more than ``budget`` refinements were not enough.
@@ -118,7 +119,8 @@ def contains(classes: AxisClasses, g: Permutation, live: Mapping[Axis, list[bool
         if not c.free and any(i != j for i, j in induced[k].items()):
             return False
         for i, j in induced[k].items():
-            if not all(note(p, *pair) for p, pair in zip(c.parents, zip(c.blocks[i].tolist(), c.blocks[j].tolist()))):
+            blocks = zip(c.parents, c.blocks[i].tolist(), c.blocks[j].tolist(), strict=True)
+            if not all(note(*triple) for triple in blocks):
                 return False
     return True
 
@@ -186,7 +188,7 @@ class _Search:
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor], seed: int, budget: int) -> None:
         self.model, self.budget = model, budget
         self.inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.random = np.random.default_rng(seed)
         statistics = {n: b for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))}
         self.tensors = {**dict(model.named_parameters()), **statistics}
         self.constants = {
@@ -194,17 +196,17 @@ class _Search:
         }
         groups = {f"{n}.weight".lstrip("."): m.groups for n, m in model.named_modules() if isinstance(m, _ConvNd)}
         # places[t][a]: for every entry of tensor t (flattened), its atom on axis a
-        self.places: dict[str, list[Tensor]] = {}
+        self.places: dict[str, list[np.ndarray]] = {}
         self.size: dict[Axis, int] = {}
         for name, t in self.tensors.items():
-            self.places[name] = [i.flatten() for i in torch.meshgrid(*map(torch.arange, t.shape), indexing="ij")]
+            self.places[name] = [i.ravel() for i in np.indices(t.shape)]
             if (g := groups.get(name, 1)) > 1:
                 rows, inside = self.places[name][:2]
                 self.places[name][1] = rows // (t.shape[0] // g) * t.shape[1] + inside
             for a in range(t.dim()):
                 self.size[name, a] = int(self.places[name][a].max()) + 1
         self.entry = {
-            name: {atoms: e for e, atoms in enumerate(zip(*(p.tolist() for p in places)))}
+            name: {atoms: e for e, atoms in enumerate(zip(*(p.tolist() for p in places), strict=True))}
             for name, places in self.places.items()
         }
         self.draws = [self.draw() for _ in range(3)]
@@ -212,25 +214,25 @@ class _Search:
 
     # Parameters from colours, and what the network says about them
 
-    def draw(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def draw(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Per tensor: a value for every tuple of colours, and a weight for every such tuple in the signatures."""
         tables = {}
         for name, t in self.tensors.items():
             sizes = [self.size[name, a] for a in range(t.dim())]
-            values = torch.randn(sizes, generator=self.generator, dtype=torch.float64)
+            values = self.random.standard_normal(sizes)
             if name.endswith("running_var"):
-                values = values.abs() + 0.5
+                values = abs(values) + 0.5
             elif t.dim() > 1:
                 values *= t[0].numel() ** -0.5
-            tables[name] = (values, torch.randn(sizes, generator=self.generator, dtype=torch.float64))
+            tables[name] = (values, self.random.standard_normal(sizes))
         return tables
 
-    def colours(self, name: str, colouring: Colouring) -> list[Tensor]:
-        return [torch.tensor(colouring[name, a])[p] for a, p in enumerate(self.places[name])]
+    def colours(self, name: str, colouring: Colouring) -> list[np.ndarray]:
+        return [np.array(colouring[name, a])[p] for a, p in enumerate(self.places[name])]
 
     def parameters(self, colouring: Colouring, draw: int) -> dict[str, Tensor]:
         return {
-            name: self.draws[draw][name][0][tuple(self.colours(name, colouring))].view(t.shape)
+            name: torch.from_numpy(self.draws[draw][name][0][tuple(self.colours(name, colouring))]).view(t.shape)
             for name, t in self.tensors.items()
         }
 
@@ -238,46 +240,41 @@ class _Search:
         state = {**parameters, **self.constants}
         return torch.cat(_flatten(torch.func.functional_call(self.model, state, self.inputs)))
 
-    def signatures(self, colouring: Colouring, draw: int) -> tuple[Tensor, dict[Axis, Tensor], dict[Axis, float]]:
-        """The outputs; per axis a number per atom that any symmetry carries along; and the noise to expect in it."""
+    def gradients(self, colouring: Colouring, draw: int) -> tuple[Tensor, dict[str, np.ndarray], float]:
+        """The outputs, the gradient of a random combination of them by each tensor, and the largest entry."""
         parameters = {n: p.requires_grad_() for n, p in self.parameters(colouring, draw).items()}
         with _Smooth():
             y = self.outputs(parameters)
-        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(draw), dtype=torch.float64)
-        gradients = torch.autograd.grad((y * weights).sum(), list(parameters.values()), allow_unused=True)
-        scale = max(float(g.abs().max()) for g in gradients if g is not None)
+        weights = torch.from_numpy(np.random.default_rng(draw).standard_normal(y.shape))
+        found = torch.autograd.grad((y * weights).sum(), list(parameters.values()), allow_unused=True)
+        flat = {n: g.numpy().ravel() for n, g in zip(parameters, found, strict=True) if g is not None}
+        return y.detach(), flat, max(float(abs(g).max()) for g in flat.values())
+
+    def signatures(self, colouring: Colouring, draw: int) -> tuple[Tensor, dict[Axis, np.ndarray], dict[Axis, float]]:
+        """The outputs; a number per undecided atom that any symmetry carries along; and the noise in these numbers."""
+        y, gradients, scale = self.gradients(colouring, draw)
         found, noise = {}, {}
-        for name, gradient in zip(parameters, gradients):
-            colours = self.colours(name, colouring)
-            for a, place in enumerate(self.places[name]):
-                if gradient is None:
-                    found[name, a], noise[name, a] = torch.zeros(self.size[name, a], dtype=torch.float64), 1.0
-                    continue
+        for name, flat in gradients.items():
+            undecided = [a for a in range(len(self.places[name])) if len(set(colouring[name, a])) < self.size[name, a]]
+            colours = self.colours(name, colouring) if undecided else []
+            square = flat * flat / max(float(abs(flat).max()), 1e-300)
+            for a in undecided:
                 # The atom's own colour is left out of the weights: it is compared beside the signature.
-                others = tuple(torch.zeros_like(c) if b == a else c for b, c in enumerate(colours))
-                flat = gradient.detach().flatten()
-                weight = self.draws[draw][name][1][others]
-                terms = weight * flat + weight.cos() * flat * flat / max(float(flat.abs().max()), 1e-300)
-                sums = torch.zeros(self.size[name, a], dtype=torch.float64).index_add_(0, place, terms)
-                found[name, a] = sums
-                noise[name, a] = 1e-8 * max(float(sums.abs().max()), 1e-3 * scale)
-        return y.detach(), found, noise
+                weight = self.draws[draw][name][1][tuple(c * (b != a) for b, c in enumerate(colours))]
+                terms = weight * flat + np.cos(weight) * square
+                found[name, a] = np.bincount(self.places[name][a], terms, self.size[name, a])
+                noise[name, a] = 1e-8 * max(float(abs(found[name, a]).max()), 1e-3 * scale)
+        return y, found, noise
 
     def find_live(self) -> dict[Axis, list[bool]]:
         """Atoms on which the function depends at all."""
         distinct = {axis: list(range(n)) for axis, n in self.size.items()}
-        live = {axis: torch.zeros(n, dtype=torch.bool) for axis, n in self.size.items()}
+        live = {axis: np.zeros(n, dtype=bool) for axis, n in self.size.items()}
         for draw in range(len(self.draws)):
-            parameters = {n: p.requires_grad_() for n, p in self.parameters(distinct, draw).items()}
-            with _Smooth():
-                y = self.outputs(parameters)
-            weights = torch.randn(y.shape, generator=self.generator, dtype=torch.float64)
-            gradients = torch.autograd.grad((y * weights).sum(), list(parameters.values()), allow_unused=True)
-            scale = max(float(g.abs().max()) for g in gradients if g is not None)
-            for name, gradient in zip(parameters, gradients):
-                if gradient is not None:
-                    for a, place in enumerate(self.places[name]):
-                        live[name, a][place[gradient.flatten().abs() > 1e-11 * scale]] = True
+            _, gradients, scale = self.gradients(distinct, draw)
+            for name, flat in gradients.items():
+                for a, place in enumerate(self.places[name]):
+                    live[name, a][place[abs(flat) > 1e-11 * scale]] = True
         return {axis: mask.tolist() for axis, mask in live.items()}
 
     # Refinement of a pair of colourings
@@ -296,11 +293,13 @@ class _Search:
                 return None
             new_left, new_right, split = {}, {}, False
             for axis in left:
-                pair = _split(left[axis], right[axis], a[axis].tolist(), b[axis].tolist(), noise[axis])
-                if pair is None:
-                    return None
-                new_left[axis], new_right[axis] = pair
-                split |= len(set(new_left[axis])) > len(set(left[axis]))
+                new_left[axis], new_right[axis] = left[axis], right[axis]
+                if axis in a:
+                    pair = _split(left[axis], right[axis], a[axis].tolist(), b[axis].tolist(), noise[axis])
+                    if pair is None:
+                        return None
+                    new_left[axis], new_right[axis] = pair
+                    split |= len(set(new_left[axis])) > len(set(left[axis]))
             left, right = new_left, new_left if same else new_right
             quiet = 0 if split else quiet + 1
             draw = (draw + 1) % len(self.draws)
@@ -313,7 +312,7 @@ class _Search:
         g = {}
         for axis in left:
             cells: dict[int, tuple[list[int], list[int]]] = {}
-            for i, (c, d) in enumerate(zip(left[axis], right[axis])):
+            for i, (c, d) in enumerate(zip(left[axis], right[axis], strict=True)):
                 cells.setdefault(c, ([], []))[0].append(i)
                 cells.setdefault(d, ([], []))[1].append(i)
             images = [0] * len(left[axis])
@@ -321,7 +320,8 @@ class _Search:
                 stay = set(here) & set(there)
                 for i in stay:
                     images[i] = i
-                for i, j in zip([i for i in here if i not in stay], [j for j in there if j not in stay]):
+                gone, come = ([i for i in cell if i not in stay] for cell in (here, there))
+                for i, j in zip(gone, come, strict=True):
                     images[i] = j
             g[axis] = images
         return g
@@ -330,7 +330,7 @@ class _Search:
         """Whether the function is the same after ``g``, at random parameters."""
         moves = {}
         for name, places in self.places.items():
-            images = zip(*(torch.tensor(g[name, a])[p].tolist() for a, p in enumerate(places)))
+            images = zip(*(np.array(g[name, a])[p].tolist() for a, p in enumerate(places)), strict=True)
             move = [self.entry[name].get(atoms) for atoms in images]
             if None in move:  # rows of one group would need inputs of another
                 return False
@@ -354,7 +354,7 @@ class _Search:
         left, right = pair
         if self.holds(g := self.read(left, right)):
             return g
-        if (cell := next(_cells(left), None)) is None:
+        if (cell := self.choose(left)) is None:
             return None
         axis, members = cell
         there = [j for j, c in enumerate(right[axis]) if c == left[axis][members[0]]]
@@ -363,6 +363,20 @@ class _Search:
                 return g
         return None
 
+    def choose(self, colouring: Colouring) -> tuple[Axis, list[int]] | None:
+        """The cell to branch on: the first with an atom that, set apart, tells atoms of other axes apart.
+
+        Atoms whose effect is hidden as long as others are alike (a query while all keys are equal) come later.
+        """
+        first = None
+        for axis, members in _cells(colouring):
+            first = first or (axis, members)
+            marked = _mark(colouring, axis, members[0])
+            after, _ = self.refine(marked, marked) or (marked, marked)
+            if any(len(set(after[other])) > len(set(colouring[other])) for other in after if other != axis):
+                return axis, members
+        return first
+
     def run(self) -> Symmetries:
         # Dead atoms get a colour each: they stay put.
         start: Colouring = {}
@@ -370,7 +384,7 @@ class _Search:
             dead = [i for i, alive in enumerate(mask) if not alive]
             start[axis] = [dead.index(i) + (len(dead) < len(mask)) if i in dead else 0 for i in range(len(mask))]
         levels, (colouring, _) = [], self.refine(start, start) or (start, start)
-        while (cell := next(_cells(colouring), None)) is not None:
+        while (cell := self.choose(colouring)) is not None:
             axis, members = cell
             levels.append((colouring, axis, members))
             marked = _mark(colouring, axis, members[0])
@@ -422,8 +436,8 @@ def _split(
 ) -> tuple[list[int], list[int]] | None:
     """New colours by (colour, signature), the same on both sides; None when the numbers of atoms differ."""
     atoms = sorted(
-        [(c, s, 0, i) for i, (c, s) in enumerate(zip(left, a))]
-        + [(c, s, 1, i) for i, (c, s) in enumerate(zip(right, b))]
+        [(c, s, 0, i) for i, (c, s) in enumerate(zip(left, a, strict=True))]
+        + [(c, s, 1, i) for i, (c, s) in enumerate(zip(right, b, strict=True))]
     )
     new = ([0] * len(left), [0] * len(right))
     colour, balance, last = 0, 0, atoms[0]

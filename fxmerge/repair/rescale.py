@@ -18,7 +18,8 @@ from fxmerge.coupling import fuse
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractRepair, Context
 from fxmerge.ir import AxisClasses, Tap
-from fxmerge.stats import bind, listen
+from fxmerge.running import bind
+from fxmerge.stats import listen
 
 
 class _Sums:

@@ -3,4 +3,7 @@
 from fxmerge.rules import affine, attention, movement, norm, pointwise, reduction, spatial
 from fxmerge.rules.registry import RULES, Rule, rule
 
-__all__ = ["RULES", "Rule", "affine", "attention", "movement", "norm", "pointwise", "reduction", "rule", "spatial"]
+MOVEMENT = frozenset(name for name, function in RULES.items() if function.__module__ == movement.__name__)
+"""Operations that only move data: what comes out is what went in."""
+
+__all__ = ["MOVEMENT", "RULES", "Rule", "affine", "attention", "movement", "norm", "pointwise", "reduction", "rule", "spatial"]

@@ -1,0 +1,198 @@
+"""Running networks with other inputs and other tensors, and leaving them as they were found."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from fxmerge.errors import InputError, told
+
+_CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
+
+
+@contextmanager
+def preserved(*modules: nn.Module) -> Iterator[None]:
+    """Restore on exit, also after an error, what running ``modules`` may change.
+
+    That is, for every submodule: mode, hooks, which tensors it holds, plain attributes (such as caches) and the
+    values of the buffers; and the state of torch's random generators. Values of parameters are not kept.
+    """
+    everything = _submodules(modules)
+    modes = [m.training for m in everything]
+    attributes = [(vars(m), dict(vars(m))) for m in everything]
+    containers = [v for _, before in attributes for v in before.values() if type(v) in _CONTAINERS]
+    # Nearly all are tables of hooks without an entry, a dozen a module; copies of those would cost the most here.
+    contents = [c.copy() if c else () for c in containers]
+    held = (b for m in everything for b in m._buffers.values())
+    buffers = {id(b): b for b in held if b is not None and not (is_lazy(b) or b.is_meta)}  # without values, nothing to keep
+    values = [b.detach().clone() for b in buffers.values()]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for container, content in zip(containers, contents, strict=True):
+                if container or content:
+                    _refill(container, content)
+            for live, before in attributes:
+                for name in live.keys() - before.keys():
+                    del live[name]
+                live.update(before)
+            _set_modes(everything, modes)
+            # Version counters would not do: batch_norm updates its running statistics without counting.
+            for b, value in zip(buffers.values(), values, strict=True):
+                if not torch.equal(b, value):
+                    b.detach().copy_(value)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """As ``preserved``, with every submodule in eval mode and under ``torch.no_grad``."""
+    with preserved(*modules), torch.no_grad():
+        # Not module.eval(): some networks override train() to fold weights in place, which nothing could undo.
+        everything = _submodules(modules)
+        _set_modes(everything, [False] * len(everything))
+        yield
+
+
+def call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: Mapping[str, Tensor] | None = None
+) -> Any:
+    """``module(*args, **kwargs)``, with the parameters and buffers named in ``state`` replaced by its tensors.
+
+    A tied tensor is replaced in all its places, whichever of its names is given (a place's own name comes first).
+    Names that the module does not have are ignored.
+    """
+    if state is None:
+        return module(*args, **kwargs)
+    aliases: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in chain(
+        module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+    ):
+        aliases[id(tensor)].append(name)
+    # One entry per place, not per name: a submodule with two names would be swapped twice and restored wrongly.
+    complete: dict[str, Tensor] = {}
+    for prefix, m in module.named_modules():
+        for key, held in chain(m._parameters.items(), m._buffers.items()):
+            place = f"{prefix}.{key}" if prefix else key
+            given = next((n for n in (place, *aliases.get(id(held), ())) if n in state), None)
+            if held is not None and given is not None:
+                complete[place] = state[given]
+    return torch.func.functional_call(module, complete, args, dict(kwargs), tie_weights=False)
+
+
+def run_eager(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The output of ``module`` in eval mode, left as found.
+
+    Raises:
+        InputError: it does not run on these arguments.
+    """
+    try:
+        with evaluating(module):
+            return call(module, fresh(args), fresh(kwargs))
+    except Exception as error:
+        raise failed_on(module, args, kwargs, error) from error
+
+
+def failed_on(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> InputError:
+    """What to raise where ``error`` came of running ``module`` on these arguments."""
+    given = ", ".join([*map(described, args), *(f"{k}={described(v)}" for k, v in kwargs.items())])
+    return InputError(
+        f"{type(module).__name__} does not run on the example inputs ({given}): {told(error)}. Give example_inputs as "
+        "forward takes them: a tensor, a tuple of positional arguments or a dict of keyword arguments."
+    )
+
+
+def as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``(args, kwargs)`` from a tensor, a tuple (positional arguments) or a mapping (keyword arguments)."""
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, tuple):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Mapping) and all(isinstance(key, str) for key in example_inputs):
+        return (), dict(example_inputs)
+    raise InputError(
+        "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, not "
+        f"{type(example_inputs).__name__}; an argument that is itself a list goes into a tuple: ([x, y],)"
+    )
+
+
+def to_device(obj: Any, device: torch.device | str | None, dtype: torch.dtype | None = None) -> Any:
+    """``obj`` with every tensor in its nested tuples, lists and dicts moved; ``dtype`` is for floating ones only."""
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device=device, dtype=dtype if dtype and leaf.is_floating_point() else leaf.dtype)
+
+    return pytree.tree_map(move, obj)
+
+
+def fresh(obj: Any) -> Any:
+    """A copy, since a network may write into its inputs."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, obj)
+
+
+def bind(graph: fx.Graph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Values of a graph's placeholders, in their order, for the call ``module(*args, **kwargs)``."""
+    positional, values = list(args), []
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target in kwargs:
+            values.append(kwargs[node.target])
+        elif positional:
+            values.append(positional.pop(0))
+        elif node.args:
+            values.append(node.args[0])
+        else:
+            raise InputError(f"no value for the network's input '{node.target}'; an input_fn(batch) can supply it")
+    return values
+
+
+def bind_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> inspect.BoundArguments:
+    """The call bound to the signature of forward; an InputError says what does not fit."""
+    signature = inspect.signature(module.forward)
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = f"the keys {list(kwargs)}" if kwargs else f"{len(args)} positional arguments"
+        takes = f"forward of {type(module).__name__} takes {list(signature.parameters)}"
+        raise InputError(f"example_inputs has {given}, but {takes}: {error}") from None
+
+
+def described(value: Any) -> str:
+    """A value for an error message: dtype and shape instead of a tensor's entries."""
+
+    def show(leaf: Any) -> Any:
+        return f"{str(leaf.dtype).removeprefix('torch.')} {list(leaf.shape)}" if isinstance(leaf, Tensor) else leaf
+
+    return str(pytree.tree_map(show, value))
+
+
+def _submodules(modules: tuple[nn.Module, ...]) -> list[nn.Module]:
+    return list(dict.fromkeys(m for module in modules for m in module.modules()))
+
+
+def _set_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> None:
+    for m, mode in zip(modules, modes, strict=True):
+        if m.training is not mode:  # setting an attribute of a module is slow
+            m.training = mode
+
+
+def _refill(live: Any, content: Any) -> None:
+    """Make the container ``live`` hold exactly what its copy ``content`` does, untouched where it still does."""
+    same = len(live) == len(content) and all(map(operator.is_, live, content))
+    if same and isinstance(live, dict):
+        same = all(map(operator.is_, live.values(), content.values()))
+    if not same:
+        live.clear()
+        (live.extend if isinstance(live, list) else live.update)(content)

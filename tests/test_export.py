@@ -1,0 +1,748 @@
+"""Folders: what comes back equals what went in, and a folder cannot make ``load`` do anything else."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+import operator
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torchvision import models, ops
+
+from fxmerge import export
+from fxmerge.errors import FormatError, FxMergeError
+from fxmerge.export import export_onnx, load, save
+
+
+def assert_comes_back(module: fx.GraphModule, folder: Path, *inputs: Any) -> fx.GraphModule:
+    """Save and load ``module``, compare everything, and return what was loaded."""
+    back = load(save(module, folder))
+    assert str(back.graph) == str(module.graph)
+    assert type(back).__name__ == type(module).__name__
+    assert list(back.state_dict()) == list(module.state_dict())
+    for kind in ("named_parameters", "named_buffers"):
+        before, after = (dict(getattr(m, kind)(remove_duplicate=False)) for m in (module, back))
+        assert list(before) == list(after)
+        for name, t in before.items():
+            u = after[name]
+            assert torch.equal(t.nan_to_num(), u.nan_to_num())
+            assert (t.dtype, t.stride(), t.requires_grad) == (u.dtype, u.stride(), u.requires_grad), name
+            assert [n for n, v in before.items() if v is t] == [n for n, v in after.items() if v is u]  # ties
+    modes = [[(n, p.training) for n, p in m.named_modules(remove_duplicate=False)] for m in (module, back)]
+    assert modes[0] == modes[1]
+    outputs = []
+    for m in (module, back):
+        torch.manual_seed(0)
+        outputs.append(pytree.tree_leaves(m(*copy.deepcopy(inputs))))
+    assert all(map(torch.equal, *outputs))
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in module.state_dict().items())  # running statistics too
+    return back
+
+
+def calling(leaf: nn.Module, inputs: int = 1) -> fx.GraphModule:
+    """A graph that calls ``leaf``."""
+    graph, root = fx.Graph(), nn.Module()
+    root.leaf = leaf
+    arguments = tuple(graph.placeholder(f"x{i}") for i in range(inputs))
+    graph.output(graph.call_module("leaf", arguments))
+    return fx.GraphModule(root, graph)
+
+
+def computing(function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.GraphModule:
+    """A graph that calls ``function`` on its input."""
+    graph = fx.Graph()
+    graph.output(graph.call_function(function, (graph.placeholder("x"), *args), kwargs))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+# Round trips -------------------------------------------------------------------------------------------------
+
+
+def vit() -> nn.Module:
+    return models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5)
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "make",
+    [models.resnet18, models.mobilenet_v3_small, models.densenet121, models.swin_t, vit],
+    ids=lambda f: f.__name__,
+)
+def test_torchvision(make, mode, tmp_path) -> None:
+    torch.manual_seed(0)
+    module = fx.symbolic_trace(make()).train(mode)
+    back = assert_comes_back(module, tmp_path / "out", torch.randn(2, 3, 32, 32))
+    again = fx.symbolic_trace(back)  # operations made by fx.wrap remain such
+    assert str(again.graph) == str(fx.symbolic_trace(module).graph)
+
+
+class Everything(nn.Module):
+    """Every kind of tensor, argument and operation that a graph may hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.tied = nn.Linear(4, 6, bias=False)
+        self.tied.weight = self.first.weight
+        self.short = nn.Parameter(torch.randn(6).bfloat16(), requires_grad=False)
+        self.transposed = nn.Parameter(torch.randn(6, 5).t())
+        self.part = nn.Parameter(torch.randn(9)[3:])
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.scalar = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("scale", torch.full((6,), torch.inf), persistent=False)
+        self.register_buffer("order", torch.arange(6).flip(0))
+        self.register_buffer("wide", torch.ones(1).expand(6))
+        self.register_buffer("none", None)
+        self.norm = nn.BatchNorm1d(6)
+        self.block = nn.Sequential(nn.Dropout(0.3), nn.Sequential(nn.ReLU(inplace=True)))
+        self.constant = torch.tensor([1.0, -2.0])
+
+    def forward(self, x: Tensor, flag: bool = True, shift: float = -math.inf) -> Any:
+        y = self.first(x) + self.tied(x)
+        y = torch.minimum(self.norm(y) + self.short.float(), self.scale)[:, self.order]
+        y = self.block(y * self.wide + self.part).clamp(min=shift, max=math.inf)
+        y = F.linear(y, self.transposed).to(torch.float64).view(-1, 5)[..., 1:4:2]
+        y = F.pad(y, [0, 1], value=math.nan).nan_to_num().contiguous(memory_format=torch.contiguous_format)
+        y = y + torch.arange(3, device=torch.device("cpu"), dtype=torch.float32) * self.constant.sum() ** 2
+        size = y.size(0) if flag else 0
+        return {"out": (y * self.scalar, [y.max(1).values, y.shape[0]]), "more": torch.cat([y, y], dim=-1), 3: size}
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_every_kind_of_value(mode, tmp_path) -> None:
+    torch.manual_seed(0)
+    module = fx.symbolic_trace(Everything(), {"flag": True}).train(mode)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    module.graph.find_nodes(op="placeholder")[1].target = "flag"
+    module.recompile()
+    module.block[1].eval()
+    back = assert_comes_back(module, tmp_path / "out", torch.randn(3, 4))
+    assert "scale" not in back.state_dict()
+    assert sum("weight" in name for name in load_file(tmp_path / "out/model.safetensors")) == 2  # first and norm
+    shutil.rmtree(tmp_path / "out")
+    back(torch.randn(3, 4))  # needs the files no more
+    assert_comes_back(back, tmp_path / "again", torch.randn(3, 4))
+
+
+def layer(**options: Any) -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, **options)
+
+
+def renamed_convolution() -> nn.Module:
+    net = nn.Conv2d(4, 8, 3, padding="same", padding_mode="reflect", groups=2, bias=False)
+    net.weight.data = net.weight.data.contiguous(memory_format=torch.channels_last)
+    return net
+
+
+TOKENS, IMAGE, POINT = (2, 4, 8), (2, 4, 6, 6), (3, 4)
+LEAVES: list[tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = [
+    (lambda: nn.LSTM(8, 5, 2, batch_first=True, bidirectional=True, proj_size=2, dropout=0.2), (TOKENS,)),
+    (lambda: nn.GRU(8, 5, bias=False), (TOKENS,)),
+    (lambda: nn.RNN(8, 5, nonlinearity="relu"), (TOKENS,)),
+    (lambda: nn.LSTMCell(4, 5, bias=False), (POINT,)),
+    (lambda: nn.MultiheadAttention(8, 2, batch_first=True), (TOKENS,) * 3),
+    (
+        lambda: nn.MultiheadAttention(8, 2, bias=False, add_bias_kv=True, add_zero_attn=True, kdim=4, vdim=6),
+        (TOKENS, (2, 4, 4), (2, 4, 6)),
+    ),
+    (layer, (TOKENS,)),
+    (lambda: layer(activation="gelu", norm_first=True, bias=False, layer_norm_eps=0.1), (TOKENS,)),
+    (lambda: layer(activation=nn.SiLU()), (TOKENS,)),
+    (lambda: layer(activation=torch.tanh), (TOKENS,)),
+    (lambda: nn.TransformerEncoder(layer(), 2, nn.LayerNorm(8), enable_nested_tensor=False), (TOKENS,)),
+    (lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 2), (TOKENS, TOKENS)),
+    (lambda: nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.GELU("tanh"))), (POINT,)),
+    (renamed_convolution, (IMAGE,)),
+    (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, dilation=2), (IMAGE,)),
+    (lambda: nn.BatchNorm2d(4, affine=False, momentum=None), (IMAGE,)),
+    (lambda: nn.BatchNorm2d(4, track_running_stats=False, eps=0.1), (IMAGE,)),
+    (lambda: nn.LayerNorm((6, 6), bias=False), (IMAGE,)),
+    (lambda: nn.GroupNorm(2, 4, affine=False), (IMAGE,)),
+    (lambda: nn.RMSNorm(4), (POINT,)),
+    (lambda: nn.PReLU(4, init=0.1), (IMAGE,)),
+    (lambda: nn.Bilinear(4, 4, 3, bias=False), (POINT, POINT)),
+    (lambda: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True), (IMAGE,)),
+    (lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True, return_indices=True), (IMAGE,)),
+    (lambda: nn.AvgPool2d(2, count_include_pad=False, divisor_override=3), (IMAGE,)),
+    (lambda: nn.AdaptiveAvgPool2d((None, 2)), (IMAGE,)),
+    (lambda: nn.Unflatten(1, (2, 2)), (IMAGE,)),
+    (lambda: nn.Softmax(-1), (POINT,)),
+    (lambda: nn.Hardtanh(-2, 2, inplace=True), (POINT,)),
+    (lambda: nn.ConstantPad2d((1, 0, 2, 1), math.inf), (IMAGE,)),
+    (lambda: nn.Identity(3, unused=2), (POINT,)),
+    (lambda: ops.StochasticDepth(0.4, "row"), (POINT,)),
+    (lambda: ops.SqueezeExcitation(4, 2, activation=nn.SiLU), (IMAGE,)),
+    (lambda: ops.FrozenBatchNorm2d(4, eps=0.1), (IMAGE,)),
+    (lambda: ops.Permute([0, 2, 1]), (TOKENS,)),
+]
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(("make", "shapes"), LEAVES, ids=[str(i) for i in range(len(LEAVES))])
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_leaf_modules(make, shapes, mode, tmp_path) -> None:
+    torch.manual_seed(0)
+    leaf = make()
+    module = calling(leaf, len(shapes)).train(mode)
+    back = assert_comes_back(module, tmp_path / "out", *(torch.randn(shape) for shape in shapes))
+    assert str(back.leaf) == str(leaf)
+
+
+def test_attributes_changed_after_construction(tmp_path) -> None:
+    net = layer()
+    net.dropout1.p, net.norm1.eps = 0.25, 0.5
+    net.linear1, net.linear2 = nn.Linear(8, 3), nn.Linear(3, 8)  # as merging to another width does
+    net.linear1.weight.requires_grad_(False)
+    back = assert_comes_back(calling(net), tmp_path / "out", torch.randn(2, 4, 8)).leaf
+    assert str(back) == str(net)
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"fc": nn.Linear(2, 2, bias=False), "act": nn.ReLU()})
+        self.alpha = nn.ParameterList([torch.ones(1)])
+        self.register_buffer("seen", torch.zeros(2), persistent=False)
+
+
+def test_parts_that_the_graph_does_not_call_keep_their_keys(tmp_path) -> None:
+    module = fx.symbolic_trace(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    module.auxiliary = Head().eval()
+    module.unused = nn.Linear(3, 2)
+    module.register_parameter("temperature", nn.Parameter(torch.ones(())))
+    back = assert_comes_back(module, tmp_path / "out", torch.randn(2, 3))
+    assert list(back.state_dict())[-4:] == [
+        "auxiliary.layers.fc.weight",
+        "auxiliary.alpha.0",
+        "unused.weight",
+        "unused.bias",
+    ]
+    assert isinstance(back.unused, nn.Linear)
+    assert isinstance(back.auxiliary.layers.fc, nn.Linear)
+
+
+def test_one_module_under_two_names(tmp_path) -> None:
+    norm = nn.BatchNorm1d(4)
+    net = nn.Sequential(norm, nn.Linear(4, 4), norm)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for name in ("0", "1", "2"):
+        x = graph.call_module(name, (x,))
+    graph.output(x)
+    assert_comes_back(fx.GraphModule(net, graph), tmp_path / "out", torch.randn(5, 4))
+
+
+def test_constants_that_are_plain_attributes(tmp_path) -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.add, (graph.placeholder("x"), graph.get_attr("inner.constant"))))
+    root = nn.Module()
+    root.inner = nn.Module()
+    root.inner.constant = torch.ones(3)
+    module = fx.GraphModule(root, graph)
+    del module.inner._buffers["constant"]
+    module.inner.constant = torch.ones(3)
+    back = assert_comes_back(module, tmp_path / "out", torch.randn(2, 3))
+    assert dict(back.named_buffers()) == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            None,
+            True,
+            1,
+            1.0,
+            -0.0,
+            0.1,
+            2**70,
+            "a\n\"'{}",
+            2j,
+            ...,
+            slice(None, -1, 2),
+            range(1, 9, 3),
+            (),
+            (1, (2.0,)),
+            [],
+        ),
+        *(
+            [None, [()]],
+            {"a": (1,), 3: {None: False}},
+            torch.Size([1, 2]),
+            torch.float8_e5m2,
+            torch.complex64,
+            torch.bool,
+        ),
+        *(torch.device("cuda", 1), torch.device("meta"), torch.channels_last, torch.preserve_format, torch.strided),
+        *(math.inf, -math.inf, torch.sparse_coo, F.gelu, torch.relu),
+    ],
+    ids=repr,
+)
+def test_values(value) -> None:
+    back = export._decode(json.loads(json.dumps(export._encode(value), allow_nan=False)))
+    assert back == value
+    assert type(back) is type(value)
+    assert repr(back) == repr(value)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (torch.add, "torch.add"),
+        (torch.flatten, "torch.flatten"),
+        (torch._C._nn.gelu, "torch.nn.functional.gelu"),
+        (F.relu, "torch.nn.functional.relu"),
+        (F.hardswish, "torch.nn.functional.hardswish"),
+        (F.max_pool2d, "torch.nn.functional.max_pool2d"),
+        (F.multi_head_attention_forward, "torch.nn.functional.multi_head_attention_forward"),
+        (torch.relu_, "torch.relu_"),
+        (torch.arange, "torch.arange"),
+        (torch.linalg.vector_norm, "torch.linalg.vector_norm"),
+        (torch._assert, "torch._assert"),
+        (operator.getitem, "operator.getitem"),
+        (math.sqrt, "math.sqrt"),
+        (getattr, "builtins.getattr"),
+        (ops.stochastic_depth, "torchvision.ops.stochastic_depth.stochastic_depth"),
+        (ops.roi_align, "torchvision.ops.roi_align.roi_align"),
+        (models.swin_transformer._patch_merging_pad, "torchvision.models.swin_transformer._patch_merging_pad"),
+        (torchvision.models.video.mvit._add_rel_pos, "torchvision.models.video.mvit._add_rel_pos"),
+    ],
+)
+def test_names_of_functions(function, name) -> None:
+    assert export._function_name(function) == name
+    assert export._function(name) is function
+    assert export._function("torch._C._nn.gelu") is F.gelu
+
+
+def test_no_listed_name_is_dangerous() -> None:
+    words = (
+        "load save open file exec eval import compile hook pickle reduce ctypes system dlopen lib jit hub call".split()
+    )
+    for name in {*export._functions(), *export._methods()}:
+        parts = set(name.replace(".", "_").strip("_").split("_"))
+        assert not parts & set(words) or name in ("torch.scatter_reduce", "torch.index_reduce") or "_reduce" in name, (
+            name
+        )
+    assert not {"__reduce_ex__", "__class__", "__setstate__", "__call__", "numpy", "apply_"} & export._methods()
+
+
+# Folders -----------------------------------------------------------------------------------------------------
+
+
+def small() -> fx.GraphModule:
+    """conv -> bn -> flatten -> linear, with a method, a function and an attribute."""
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.bn(self.conv(x)).relu()
+            return self.fc(torch.flatten(x.mean((2, 3), keepdim=True), 1)) * x.ndim
+
+    torch.manual_seed(0)
+    return fx.symbolic_trace(Small()).eval()
+
+
+def test_files(tmp_path) -> None:
+    (tmp_path / "out").mkdir()  # may exist, if it is empty
+    recipe = {"matcher": "OTFusion", "weights": [0.5, 0.5]}
+    folder = save(small(), str(tmp_path / "out"), recipe=recipe, report="<p>é</p>")
+    assert folder == tmp_path / "out"
+    assert sorted(p.name for p in folder.iterdir()) == ["graph.json", "model.safetensors", "recipe.json", "report.html"]
+    assert json.loads((folder / "recipe.json").read_text()) == recipe
+    assert (folder / "report.html").read_text(encoding="utf-8") == "<p>é</p>"
+    assert list(tmp_path.iterdir()) == [folder]
+    assert (folder.stat().st_mode & 0o777) == 0o777 & ~_umask()
+    plain = save(small(), tmp_path / "deep" / "er")
+    assert sorted(p.name for p in plain.iterdir()) == ["graph.json", "model.safetensors", "recipe.json"]
+    assert (plain / "graph.json").read_bytes() == (folder / "graph.json").read_bytes()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_nothing_is_overwritten(tmp_path) -> None:
+    save(small(), tmp_path / "out")
+    before = (tmp_path / "out/graph.json").stat()
+    (tmp_path / "file").write_text("mine")
+    for taken in ("out", "file"):
+        with pytest.raises(FormatError, match=r"exists already.*another folder, or remove it"):
+            save(small(), tmp_path / taken)
+    assert (tmp_path / "out/graph.json").stat() == before
+    assert (tmp_path / "file").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_nothing_is_left_after_a_failure(tmp_path, monkeypatch) -> None:
+    with pytest.raises(FormatError, match="recipe"):
+        save(small(), tmp_path / "out", recipe={"model": small()})
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(export, "save_file", fail)
+    with pytest.raises(FormatError, match=r"could not be written.*no space"):
+        save(small(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def own_function(x: Tensor) -> Tensor:
+    return x
+
+
+class Pair(NamedTuple):
+    a: int
+    b: int
+
+
+class Own(nn.ReLU):
+    pass
+
+
+def hooked() -> nn.Module:
+    net = nn.Linear(3, 3)
+    net.register_forward_hook(lambda module, args, output: output * 2)
+    return net
+
+
+def narrowed() -> nn.Module:
+    net = nn.Linear(3, 3)
+    net.weight = nn.Parameter(torch.zeros(3, 2))
+    return net
+
+
+def reading(value: Any) -> fx.GraphModule:
+    graph, root = fx.Graph(), nn.Module()
+    root.value = value
+    graph.output(graph.get_attr("value"))
+    return fx.GraphModule(root, graph)
+
+
+def methodical(name: str) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.call_method(name, (graph.placeholder("x"),)))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def packed() -> fx.GraphModule:
+    class Net(nn.Module):
+        def forward(self, x: dict[str, Tensor]) -> Tensor:
+            return x["a"] + 1
+
+    return fx.symbolic_trace(Net(), {"x": {"a": fx.PH}})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: computing(own_function), r"node 'own_function' \(call_function .*own_function.*not on the allow-list"),
+        (lambda: computing(os.system), r"node 'system' \(call_function .*'posix.system'|'nt.system'"),
+        (lambda: computing(torch.load), r"node 'load' .*'torch.serialization.load'"),
+        (lambda: computing(torch.add, Pair(1, 2)), r"node 'add' \(call_function .*type Pair cannot be stored"),
+        (lambda: computing(getattr, "__class__"), "node 'getattr_1' .*'__class__' is not on the allow-list"),
+        (lambda: methodical("register_hook"), r"node 'register_hook' \(call_method register_hook\).*allow-list"),
+        (lambda: methodical("__reduce_ex__"), "'__reduce_ex__' is not on the allow-list"),
+        (lambda: calling(Own()), r"module 'leaf' of class .*Own.* not in torch.nn"),
+        (lambda: calling(Head()), r"module 'leaf' of class .*Head"),
+        (lambda: calling(nn.Sequential(nn.ReLU(), Own())), r"module 'leaf.1' of class .*Own"),
+        (lambda: calling(hooked()), "module 'leaf' of class torch.nn.modules.linear.Linear: .*hooks"),
+        (lambda: calling(narrowed()), r"module 'leaf' of class .*Linear: .*\[3, 3\].*but it holds .*\[3, 2\]"),
+        (
+            lambda: calling(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))),
+            "module 'leaf' of class .*Parametrized",
+        ),
+        (lambda: calling(ops.MLP(3, [3])), "module 'leaf' of class .*MLP: .*'in_channels'"),
+        (lambda: calling(nn.LazyLinear(3)), "not initialised"),
+        (lambda: reading("text"), "node 'value' reads 'value', a str"),
+        (lambda: reading(torch.zeros(2, device="meta")), "'value' is .* on the meta device"),
+        (lambda: reading(torch.eye(2).to_sparse()), "'value' is sparse"),
+        (packed, "pytree"),
+    ],
+)
+def test_what_cannot_be_stored(make, message, tmp_path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = make()
+    with pytest.raises(FormatError, match=message):
+        save(module, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Foreign and damaged folders ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return save(small(), tmp_path / "out")
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    document = json.loads((folder / "graph.json").read_text())
+    change(document)
+    (folder / "graph.json").write_text(json.dumps(document))
+    return folder
+
+
+def node(document: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(n for n in document["nodes"] if n["name"] == name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    """os.system posix.system subprocess.run pickle.loads builtins.eval builtins.exec builtins.open builtins.__import__
+    builtins.setattr torch.load torch.save torch.hub.load torch.from_file torch.compile torch.jit.load torch.os.system
+    torch.sys.exit torch.ops.load_library torch.utils.model_zoo.load_url torch._C._VariableFunctions._from_blob
+    torch.serialization.load torch.nn.functional.handle_torch_function torch.nn.functional.importlib.import_module
+    operator.call operator.attrgetter operator.methodcaller math.__loader__ torchvision.io.write_file
+    torchvision.io.image.write_file torchvision.models.resnet.resnet18 torchvision.ops.boxes.torch
+    torchvision.models._api.load_state_dict_from_url torchvision.datasets.utils.download_url torchvision.ops.
+    torchvision.ops._utils.nn not_yet_imported.function torchvision.models.not_yet_imported.function
+    fxmerge.export.save relu ..""".split(),
+)
+def test_foreign_functions(name, folder, tmp_path, monkeypatch) -> None:
+    (tmp_path / "not_yet_imported.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    edit(folder, lambda d: node(d, "flatten").update(target=name))
+    with pytest.raises(FormatError, match=r"node 'flatten'.*not on the allow-list") as caught:
+        load(folder)
+    assert repr(name) in str(caught.value)
+    assert "not_yet_imported" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "name", "numpy __reduce_ex__ __class__ __init__ apply_ tofile share_memory_ grad_fn format".split()
+)
+def test_foreign_methods(name, folder) -> None:
+    edit(folder, lambda d: node(d, "relu").update(target=name))
+    with pytest.raises(FormatError, match=f"node 'relu'.*{name!r} is not on the allow-list of tensor methods"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["__class__", "__globals__", "grad_fn", "_base", "", {"node": "x"}, ["shape"], None])
+def test_foreign_attributes(name, folder) -> None:
+    edit(folder, lambda d: node(d, "getattr_1")["args"].__setitem__(1, name))
+    with pytest.raises(FormatError, match="node 'getattr_1'"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    """subprocess.Popen torch.nn.modules.module.torch torch.nn.modules.conv.math torch.utils.data.DataLoader Linear
+    torch.nn.modules.linear.Module torch.nn.modules.nothing.Linear torch.nn.modules.linear.Nothing torch.nn.Linear
+    torch.nn.modules.linear.init torchvision.models.resnet.ResNet torchvision.ops.misc.nn torch.jit._script.ScriptModule
+    torch.nn.modules.utils._ntuple torch.nn.modules.module._IncompatibleKeys not_yet_imported.Class""".split(),
+)
+def test_foreign_classes(name, folder) -> None:
+    edit(folder, lambda d: d["modules"]["children"]["fc"].update({"class": name}))
+    with pytest.raises(FormatError, match=r"not in torch\.nn or torchvision\.ops"):
+        load(folder)
+
+
+CODE = "__import__('pathlib').Path('run').touch()"
+
+
+def rename_input(document: dict[str, Any], text: str) -> None:
+    node(document, "x")["target"] = text
+
+
+def rename_module(document: dict[str, Any], text: str) -> None:
+    children = document["modules"]["children"]
+    children[text] = children.pop("fc")
+    node(document, "fc")["target"] = text
+    document["tensors"] = {k.replace("fc.", f"{text}."): v for k, v in document["tensors"].items()}
+
+
+INJECTIONS: list[Callable[[dict[str, Any]], Any]] = [
+    lambda d: rename_input(d, f"x, y={CODE}"),
+    lambda d: rename_input(d, f"x):\n  {CODE}\ndef f(x"),
+    lambda d: rename_input(d, "*"),
+    lambda d: rename_input(d, "lambda"),
+    lambda d: node(d, "flatten")["kwargs"].update({f"start_dim={CODE}, end_dim": 1}),
+    lambda d: node(d, "x").update(name=f"x = {CODE}"),
+    lambda d: node(d, "x").update(type=CODE),
+    lambda d: node(d, "fc").update(target=f'fc", {CODE}) + getattr(self, "fc'),
+    lambda d: rename_module(d, f'fc"), {CODE}, getattr(self, "fc'),
+    lambda d: d.update({"class": f"A:\n {CODE}\nclass B"}),
+    lambda d: d["modules"]["children"]["fc"]["args"].update({"__class__": 3}),
+    lambda d: d["modules"]["children"]["fc"]["attributes"].update({"forward": {"function": "torch.relu"}}),
+    lambda d: d["modules"]["children"]["fc"]["attributes"].update({"__class__": 3}),
+    lambda d: d["modules"]["children"]["fc"]["args"].update({"bias": {"function": "builtins.getattr"}}),
+    lambda d: d["modules"]["children"].update({"forward": d["modules"]["children"]["fc"]}),
+    lambda d: node(d, "flatten")["args"].append({"function": "torch.relu"}),
+    lambda d: node(d, "flatten")["args"].append({"module": d["modules"]["children"]["fc"]}),
+    lambda d: node(d, "flatten")["args"].append({"dtype": "load"}),
+    lambda d: node(d, "flatten")["args"].append({"device": CODE}),
+]
+
+
+@pytest.mark.parametrize("inject", INJECTIONS)
+def test_names_do_not_become_code(inject, folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FormatError):
+        load(edit(folder, inject))
+    assert not (tmp_path / "run").exists()
+
+
+def test_strings_stay_strings(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = f"'''\"\"\"\\\n{{{CODE}}}"
+    graph = fx.Graph()
+    graph.output({text: graph.placeholder("x", default_value=text)})
+    back = load(save(fx.GraphModule(nn.Module(), graph), tmp_path / "out"))
+    assert back() == {text: text}
+    assert not (tmp_path / "run").exists()
+
+
+def retensor(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda f: shutil.rmtree(f), "has no graph.json; give a folder that fxmerge saved"),
+    (lambda f: (f / "graph.json").unlink(), "has no graph.json"),
+    (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
+    (lambda f: (f / "graph.json").write_text('{"format": '), "graph.json is not JSON"),
+    (lambda f: (f / "graph.json").write_bytes(b"\xff\xfe\x00"), "graph.json is not JSON"),
+    (lambda f: (f / "graph.json").write_text("[" * 100_000), "graph.json is not JSON"),
+    (lambda f: (f / "graph.json").write_text("[]"), "graph.json: TypeError"),
+    (lambda f: (f / "graph.json").write_text("{}"), "graph.json: KeyError: 'format'"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"PK\x03\x04" * 50), "not a safetensors file"),
+    (lambda f: os.truncate(f / "model.safetensors", 400), "not a safetensors file"),
+    (lambda f: edit(f, lambda d: d.update(version=2)), "'fxmerge' version 2, and this fxmerge reads .* version 1"),
+    (lambda f: edit(f, lambda d: d.update(format="onnx")), "'onnx'"),
+    (lambda f: edit(f, lambda d: d.pop("nodes")), "KeyError: 'nodes'"),
+    (lambda f: edit(f, lambda d: d.update(nodes=3)), "TypeError"),
+    (lambda f: edit(f, lambda d: d["nodes"].pop()), "the last node is no output"),
+    (lambda f: edit(f, lambda d: node(d, "bn").update(args=[{"node": "gone"}])), "node 'bn' .*KeyError: 'gone'"),
+    (lambda f: edit(f, lambda d: node(d, "bn").update(args=[{"sorted": []}])), "node 'bn' .*KeyError: 'sorted'"),
+    (lambda f: edit(f, lambda d: node(d, "bn").update(args=[{"node": "x", "a": 1}])), "node 'bn' .*ValueError"),
+    (lambda f: edit(f, lambda d: node(d, "bn").update(target="gone")), "node 'bn' .*'gone'"),
+    (lambda f: edit(f, lambda d: node(d, "bn").update(target="fc.weight")), "'fc.weight' is a Parameter"),
+    (lambda f: edit(f, lambda d: node(d, "bn").update(target="")), "node 'bn'"),
+    (lambda f: edit(f, lambda d: node(d, "bn").update(op="root")), r"node 'bn' .*'root' is no operation"),
+    (lambda f: edit(f, lambda d: node(d, "bn").update(op="get_attr")), "'bn' is a BatchNorm2d"),
+    (lambda f: edit(f, lambda d: d["tensors"].pop("fc.bias")), "'fc.bias' is in model.safetensors but not in graph"),
+    (lambda f: edit(f, lambda d: d["tensors"]["fc.bias"].update(kind="pickle")), "'fc.bias' is a 'pickle'"),
+    (lambda f: edit(f, lambda d: d["tensors"]["fc.bias"].update(kind="buffer")), "fc.bias|attribute 'bias'"),
+    (
+        lambda f: edit(f, lambda d: d["tensors"]["bn.bias"].update(shape=[5])),
+        r"'bn.bias' is torch.float32 \[4\] .* \[5\]",
+    ),
+    (lambda f: edit(f, lambda d: d["tensors"]["fc.bias"].update(order=[3])), "graph.json: "),
+    (lambda f: edit(f, lambda d: d["modules"]["children"].pop("fc")), "graph.json: .*fc"),
+    (
+        lambda f: edit(f, lambda d: d["modules"]["children"]["fc"]["args"].pop("in_features")),
+        "Linear.*fails: TypeError",
+    ),
+    (lambda f: edit(f, lambda d: d["modules"]["children"]["fc"]["args"].update(in_features=-1)), "Linear.*fails"),
+    (lambda f: retensor(f, lambda t: t.pop("fc.bias")), "'fc.bias' is in graph.json but not in model.safetensors"),
+    (
+        lambda f: retensor(f, lambda t: t.update(odd=torch.ones(1))),
+        "'odd' is in model.safetensors but not in graph.json",
+    ),
+    (
+        lambda f: retensor(f, lambda t: t.update({"fc.bias": torch.ones(3)})),
+        r"'fc.bias' is torch.float32 \[3\] in model",
+    ),
+    (lambda f: retensor(f, lambda t: t.update({"fc.bias": torch.ones(2).double()})), "'fc.bias' is torch.float64"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_damaged_folders(damage, message, folder) -> None:
+    damage(folder)
+    with pytest.raises(FormatError, match=message) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_a_tensor_that_neither_file_has(folder) -> None:
+    edit(folder, lambda d: d["tensors"].pop("fc.bias"))
+    retensor(folder, lambda t: t.pop("fc.bias"))
+    with pytest.raises(FormatError, match=r"'fc\.bias' is missing"):
+        load(folder)
+
+
+# ONNX --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", [("onnx",), ("onnx", "onnxscript")])
+def test_onnx_names_the_extra(missing, tmp_path, monkeypatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name in missing else found(name.replace("onnxscript", "torch")),
+    )
+    with pytest.raises(FxMergeError, match=rf"needs {' and '.join(missing)}: pip install fxmerge\[onnx\]"):
+        export_onnx(small(), tmp_path / "a.onnx", (torch.randn(2, 3, 8, 8),))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_onnx_inputs_have_a_dynamic_batch(batch) -> None:
+    module = small()
+    args, kwargs, shapes = export._with_dynamic_batch(module, (torch.randn(batch, 3, 8, 8),), {})
+    program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(program.module()(x), module(x))
+
+
+def test_onnx_is_written_whole_and_leaves_the_mode(tmp_path, monkeypatch) -> None:
+    module = small().train()
+    module.bn.eval()
+    modes = [m.training for m in module.modules()]
+
+    def fake(net: nn.Module, args: Any, file: str, **options: Any) -> None:
+        assert not any(m.training for m in net.modules())
+        assert options["kwargs"] == {"x": args} or options["kwargs"] == {}
+        Path(file).write_text("model")
+        Path(file + ".data").write_text("weights")
+        if fails:
+            raise RuntimeError("unsupported operator")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.onnx, "export", fake)
+    fails = True
+    with pytest.raises(FxMergeError, match="cannot export Small: unsupported operator"):
+        export_onnx(module, tmp_path / "a.onnx", (torch.randn(2, 3, 8, 8),))
+    assert list(tmp_path.iterdir()) == []
+    fails = False
+    assert export_onnx(module, tmp_path / "a.onnx", (torch.randn(2, 3, 8, 8),)) == tmp_path / "a.onnx"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]
+    assert [m.training for m in module.modules()] == modes
+
+
+def test_onnx(tmp_path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    reference = pytest.importorskip("onnx.reference")
+    module = small()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = export_onnx(module, tmp_path / "a.onnx", (torch.randn(1, 3, 8, 8),))
+    model = onnx.load(path)
+    x = torch.randn(5, 3, 8, 8)
+    [output] = reference.ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), module(x), rtol=1e-4, atol=1e-4)

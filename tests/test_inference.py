@@ -1,0 +1,146 @@
+"""The inferred classes of the zoo against symmetry groups worked out by hand, and those against the oracle."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from networks import NETWORKS, POINT, Case
+from oracle import contains, describe, find_symmetries, group_order
+from torch import Tensor, nn
+
+import fxmerge
+
+KNOWN = [name for name, case in NETWORKS.items() if not case.unknown]
+# The oracle cannot differentiate a sort of equal values, and finds the symmetries of the Fourier transform.
+BEYOND_ORACLE = {"sort", "unknown_operation"}
+
+
+def build(case: Case) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The network and its inputs in float64."""
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in case.example_inputs)
+    return case.make().double(), inputs
+
+
+@cache
+def infer(name: str) -> tuple[nn.Module, tuple[Tensor, ...], fxmerge.AxisClasses]:
+    case = NETWORKS[name]
+    model, inputs = build(case)
+    with warnings.catch_warnings():
+        if case.unknown:
+            warnings.simplefilter("ignore", fxmerge.FxMergeWarning)
+        return model, inputs, fxmerge.infer_classes(model, inputs)
+
+
+def flatten(output: Any) -> Iterable[Tensor]:
+    if isinstance(output, Tensor):
+        yield output.double()
+        return
+    for value in output.values() if isinstance(output, Mapping) else output:
+        yield from flatten(value)
+
+
+def distance(a: Any, b: Any) -> float:
+    """Largest difference relative to the largest output."""
+    pairs = list(zip(flatten(a), flatten(b), strict=True))
+    return max(float((x - y).abs().max() / x.abs().max().clamp_min(1e-300)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_group_order(name: str) -> None:
+    _, _, classes = infer(name)
+    assert group_order(classes) == NETWORKS[name].order, f"\n{classes}"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_inferred_symmetries_keep_the_function(name: str) -> None:
+    model, _, classes = infer(name)
+    assert all(fxmerge.verify(model, classes, seed=seed).error <= 1e-9 for seed in range(3)), f"\n{classes}"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_unknown_operations(name: str) -> None:
+    case = NETWORKS[name]
+    _, _, classes = infer(name)
+    assert len(classes.unknown) == len(case.unknown)
+    assert all(part in operation for part, (_, operation) in zip(case.unknown, classes.unknown, strict=True))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_twin(name: str) -> None:
+    case = NETWORKS[name]
+    model, inputs, classes = infer(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    twin = fxmerge.permute(model, classes, seed=1)
+    assert list(twin.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "the original moved"
+    with torch.no_grad():
+        assert distance(model(*inputs), twin(*inputs)) <= 1e-9
+    moved = any(not torch.equal(value, before[key]) for key, value in twin.state_dict().items())
+    assert moved == (case.order > 1)
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in BEYOND_ORACLE])
+def test_oracle_agrees_with_the_hand(name: str) -> None:
+    """Three ways to one group: by hand, by search, by inference."""
+    case = NETWORKS[name]
+    model, inputs = build(case)
+    found = find_symmetries(model, inputs)
+    assert found.order == case.order, "\n".join(map(describe, found.generators))
+    _, _, classes = infer(name)
+    missed = [describe(g) for g in found.generators if not contains(classes, g, found.live)]
+    assert not missed, f"\n{classes}"
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_strict_accepts_known_operations(name: str) -> None:
+    model, inputs = build(NETWORKS[name])
+    fxmerge.infer_classes(model, inputs, strict=True)
+
+
+def test_strict_names_node_and_operation() -> None:
+    model, inputs = build(NETWORKS["unknown_operation"])
+    with pytest.raises(fxmerge.UnknownOpError, match="fft") as error:
+        fxmerge.infer_classes(model, inputs, strict=True)
+    assert "fft_fft" in str(error.value)
+
+
+def test_unknown_operation_pins_with_a_reason() -> None:
+    _, _, classes = infer("unknown_operation")
+    pinned = {site.parameter: c.pinned for c in classes if c.pinned for site in c.sites if site.axis == 0}
+    assert "fft" in pinned["hidden.weight"]
+    assert [op for _, op in classes.unknown] == [op for _, op in classes.unknown if "fft" in op]
+
+
+def test_parents_are_left_as_they_were() -> None:
+    """Mode, parameters, gradients flags and the random state survive inference."""
+    model = NETWORKS["mlp_batch_norm"].make().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    classes = fxmerge.infer_classes(model, POINT)
+    fxmerge.permute(model, classes, seed=0)
+    fxmerge.verify(model, classes)
+    assert model.training
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_twins_differ_by_seed_and_repeat_by_seed() -> None:
+    model, _, classes = infer("mlp")
+    one, two, again = (fxmerge.permute(model, classes, seed=s).state_dict() for s in (1, 2, 1))
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+    assert all(torch.equal(one[key], again[key]) for key in one)
+
+
+def test_float32_and_batch_size_do_not_matter() -> None:
+    case = NETWORKS["vision_transformer"]
+    small = fxmerge.infer_classes(case.make(), case.example_inputs[0])
+    assert group_order(small) == case.order
+    wide = fxmerge.infer_classes(case.make(), case.example_inputs[0].repeat(2, 1, 1, 1))
+    assert group_order(wide) == case.order
