@@ -95,10 +95,10 @@ def check(name: str, with_twin: bool) -> tuple[tuple[str, ...], Counter[tuple[st
 
     twin_error, twin_cells = 0.0, ("", "")
     if with_twin:
-        model, images = model.double(), images.double()
         start = time.perf_counter()
+        matcher = WeightMatching(restarts=1)  # an exact answer needs no second start
         twin = fxmerge.permute(model, classes, seed=1)
-        merged = fxmerge.merge(model, twin, example_inputs=images, matcher=WeightMatching()).module
+        merged = fxmerge.merge(model, twin, example_inputs=images, matcher=matcher, progress=False).module
         seconds = time.perf_counter() - start
         with torch.no_grad():
             twin_error = relative_error(merged(images), model(images))
@@ -107,7 +107,7 @@ def check(name: str, with_twin: bool) -> tuple[tuple[str, ...], Counter[tuple[st
         name, str(len(classes.traced.graph_module.graph.nodes)), str(len(classes)), str(classes.free),
         str(classes.total), f"{infer_seconds:.1f}", f"{verified.error:.0e}", *twin_cells,
     )  # fmt: skip
-    return row, pinned(classes), verified.ok and twin_error <= 1e-9
+    return row, pinned(classes), verified.ok and twin_error <= 1e-4
 
 
 def page(rows: list[tuple[str, ...]], reasons: dict[str, Counter[tuple[str, str]]]) -> str:
@@ -117,8 +117,8 @@ def page(rows: list[tuple[str, ...]], reasons: dict[str, Counter[tuple[str, str]
         "- nodes: of the traced graph; classes: sets of neurons that move together, pinned ones included.\n"
         "- infer s: seconds to trace and infer.\n"
         "- verify: relative change of the output in float64 under a random element of the whole inferred symmetry.\n"
-        "- twin: relative difference in float64 between the network and its merge with a permuted twin.\n"
-        "- twin s: seconds to permute, infer again, match, rewrite and verify."
+        "- twin: relative difference in float32 between the network and its merge with a permuted twin.\n"
+        "- twin s: seconds to permute, infer again, match from one start, rewrite and verify."
     )
     why = [(name, f"{count}", *key) for name, found in reasons.items() for key, count in found.most_common()]
     parts = (

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxmerge.atoms import Ints, mix
+from fxmerge.atoms import Ints, distinct, mix
 from fxmerge.errors import UnknownOpError
 from fxmerge.interpret import Interpretation
 from fxmerge.ir import AxisClass, AxisClasses, Site, Tap, Traced
@@ -80,7 +80,7 @@ def _close(found: Interpretation) -> AxisClasses:
         colour = _colours(size, kinds, child, block)
         if first_colour is None:
             first_colour = colour[root]
-        if not _absorb(atoms, colour, child, block, root):
+        if not _absorb(atoms, colour, child, block, root) and not _nest(found, colour, child, block):
             break
     assert first_colour is not None
     for who, _, reason in atoms.tags:
@@ -124,6 +124,33 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
         if at.sum() == counts[c] == len(np.unique(child[at])) == len(np.unique(block[at])):
             atoms.union(child[at], block[at])
             changed = True
+    return changed
+
+
+def _nest(found: Interpretation, colour: Ints, child: Ints, block: Ints) -> bool:
+    """Blocks of two natures around the same neurons are related in turn: groups inside groups, products inside groups."""
+    if not child.size:
+        return False
+    atoms = found.atoms
+    before = {(int(c), int(b)) for c, b in zip(child, block, strict=True)}
+    changed = False
+    kinds, where = np.unique(np.stack([colour[child], colour[block]], 1), axis=0, return_inverse=True)
+    where = where.ravel()
+    above: dict[int, list[int]] = {}
+    for k, (c, _) in enumerate(kinds.tolist()):
+        above.setdefault(c, []).append(k)
+    for ks in above.values():
+        for n, k in enumerate(ks):
+            for other in ks[:n]:
+                at, to = where == k, where == other
+                if not (np.array_equal(child[at], child[to]) and distinct(child[at])):
+                    continue  # not one block of each nature around every neuron
+                seen = len(atoms.edges)
+                if found.relate(block[at], block[to]) == "same":
+                    return True
+                for c, b in atoms.edges[seen:]:
+                    new = set(zip(atoms.find(c).tolist(), atoms.find(b).tolist(), strict=True)) - before
+                    changed |= bool(new)
     return changed
 
 

@@ -301,7 +301,6 @@ _TAGS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
     "memory_format": _constant(torch.memory_format),
     "device": (torch.device, str, torch.device),
 }
-_ANNOTATIONS = {"Tensor": Tensor, "int": int, "float": float, "bool": bool, "str": str}
 
 
 def _encode(value: Any) -> Any:
@@ -387,7 +386,6 @@ def _describe_node(node: fx.Node) -> dict[str, Any]:
             "target": _function_name(node.target) if callable(node.target) else node.target,
             "args": [_encode(a) for a in node.args],
             "kwargs": {key: _encode(value) for key, value in node.kwargs.items()},
-            "type": next((name for name, kind in _ANNOTATIONS.items() if node.type is kind), None),
             "wrapped": node.meta.get("is_wrapped"),  # by fx.wrap: remains one operation when traced again
         }
     return {key: value for key, value in record.items() if value is not None}
@@ -576,8 +574,7 @@ def _rebuild_graph(records: list[dict[str, Any]], root: fx.GraphModule) -> fx.Gr
         with _naming(f"node {name!r} ({op} {target})"):
             args = tuple(_decode(record["args"], nodes))
             kwargs = {_name(key): _decode(value, nodes) for key, value in record["kwargs"].items()}
-            annotation = _ANNOTATIONS[record["type"]] if "type" in record else None
-            nodes[name] = graph.create_node(op, _target(op, target, args, root), args, kwargs, name, annotation)
+            nodes[name] = graph.create_node(op, _target(op, target, args, root), args, kwargs, name)
             if record.get("wrapped"):
                 nodes[name].meta["is_wrapped"] = True
     graph.lint()

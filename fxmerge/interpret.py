@@ -133,26 +133,29 @@ class Interpretation(Context):
         return self.constant(t) if name is None else self._remember(t, self._parameter(name, t))
 
     def weight(self, t: Tensor, groups: int) -> Label:
-        """A convolution's weight [out, in / groups, *kernel]: with groups, every group has inputs of its own."""
+        """A convolution's weight, [out, in / groups, *kernel] or, transposed, [in, out / groups, *kernel].
+
+        With groups, every group of rows has entries of its own along axis 1.
+        """
         held = self._labels.get(id(t))
         name = self._names.get(_key(t))
         if held is not None or name is None:
             return self.constant(t) if held is None else held[1]
-        out, inside = t.shape[:2]
+        count, inside = t.shape[:2]
         neurons = []
-        site = self.site(Site(name, 0), out)
-        read = self.site(Site(name, 1, groups), groups * inside)
-        rows = torch.from_numpy(read).reshape(groups, inside)
+        rows = self.site(Site(name, 0), count)
+        columns = self.site(Site(name, 1, groups), groups * inside)
+        inner = torch.from_numpy(columns).reshape(groups, inside)
         if groups > 1:
-            rows = rows.repeat_interleave(out // groups, 0)
+            inner = inner.repeat_interleave(count // groups, 0)
             group = np.arange(groups)
-            _, block = self.atoms.blocks(site, group.repeat(out // groups))
-            self.atoms.under(read, block.repeat(inside))
+            _, block = self.atoms.blocks(rows, group.repeat(count // groups))
+            self.atoms.under(columns, block.repeat(inside))
         shape = tuple(t.shape)
-        if out > 1:
-            neurons.append(torch.from_numpy(site).reshape(out, *[1] * (len(shape) - 1)))
-        if rows.numel() > 1 and groups * inside > 1:
-            neurons.append(rows.reshape(-1, inside, *[1] * (len(shape) - 2)))
+        if count > 1:
+            neurons.append(torch.from_numpy(rows).reshape(count, *[1] * (len(shape) - 1)))
+        if inner.numel() > 1:
+            neurons.append(inner.reshape(-1, inside, *[1] * (len(shape) - 2)))
         fixed = self.positions(shape, range(2, len(shape)))
         return self._remember(t, Label(shape, tuple(neurons), fixed, self.atoms.mark(), learned=True))
 
@@ -284,8 +287,8 @@ def _same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
     return len(x) == len(y) and all(a is b for a, b in zip(x, y, strict=True))
 
 
-_WEIGHTS = frozenset({"conv1d", "conv2d", "conv3d"})
-_HEAVY = frozenset(f"aten::{name}" for name in ("conv1d", "conv2d", "conv3d", "linear", "matmul"))
+_WEIGHTS = frozenset(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))
+_HEAVY = frozenset(f"aten::{name}" for name in (*_WEIGHTS, "linear", "matmul"))
 
 
 class _Watch(SchemaCheckMode):

@@ -142,8 +142,12 @@ class Context:
         def run(t: Tensor) -> Tensor:
             return narrow(function(t.expand(label.shape)))
 
-        fixed = tuple(t for t in map(run, label.fixed) if varying(t))
-        return replace(label, shape=tuple(shape), neurons=tuple(map(run, label.neurons)), fixed=fixed)
+        fixed = list(map(run, label.fixed))
+        # a part with one identity throughout is told from other parts by its kind
+        single = [int(t.flatten()[0]) for t in fixed if t.numel() == 1]
+        kind = combine([label.kind, *single]) if single else label.kind
+        neurons = tuple(map(run, label.neurons))
+        return replace(label, shape=tuple(shape), neurons=neurons, fixed=tuple(t for t in fixed if varying(t)), kind=kind)
 
     def join(self, labels: Sequence[Label], function: Callable[[list[Tensor]], Tensor], shape: Sequence[int]) -> Label:
         """Several values moved into one (cat, stack, an in-place write): label tensors are paired by what they vary in."""
@@ -262,14 +266,19 @@ class Context:
         standing = (x >= 0) & (y >= 0)
         if not standing.all():
             x, y = x[standing], y[standing]
+        finer = self.relate(x, y)
+        return small if finer == "same" else finer
+
+    def relate(self, x: Ints, y: Ints) -> str:
+        """Atoms x[i] and y[i] meet. Which determines the other: "same" (each), "left", "right" or "both" (neither)."""
+        atoms = self.atoms
         one_y, one_x = distinct(x), distinct(y)
         if not (one_y and one_x):
             x, y = unique_pairs(x, y)
             one_y, one_x = distinct(x), distinct(y)
-        atoms = self.atoms
         if one_y and one_x:
             self._chained |= atoms.union(x, y)
-            return small
+            return "same"
         if one_y or one_x:
             fine, coarse = (x, y) if one_y else (y, x)
             # from each axis at most one neuron per coarse neuron: then they can only move together
@@ -281,10 +290,11 @@ class Context:
         xs, i = np.unique(x, return_inverse=True)
         ys, j = np.unique(y, return_inverse=True)
         count = len(xs) + len(ys)
-        parts, part = connected_components(coo_array((np.ones(len(i)), (i, len(xs) + j)), shape=(count, count)), directed=False)
+        graph = coo_array((np.ones(len(i)), (i, len(xs) + j)), shape=(count, count))
+        parts, part = connected_components(graph, directed=False)
         sizes = np.bincount(part[: len(xs)], minlength=parts) * np.bincount(part[len(xs) :], minlength=parts)
         if (sizes == np.bincount(part[i], minlength=parts)).all():
-            if parts > 1:
+            if parts > 1:  # all meet all, within blocks
                 atoms.blocks(np.concatenate([xs, ys]), part)
         else:
             atoms.pin(np.concatenate([xs, ys]), f"entangled at {self.place}")
@@ -325,6 +335,7 @@ class Context:
         dims = tuple(sorted({d % label.ndim for d in dims}))
         gone = [d for d in dims if label.shape[d] > 1]
         neurons: list[Tensor] = []
+        fixed: list[Tensor] = []
         for k, t in enumerate(label.neurons):
             if not any(t.shape[d] > 1 for d in gone):
                 neurons.append(t)
@@ -335,10 +346,11 @@ class Context:
             for p in label.fixed:
                 if _overlap(t, p):
                     self._tell_by(t, p, gone, label.why)
-            block = self._fold_neurons(t, gone)
-            if block is not None:
+            block, stuck = self._fold_neurons(t, gone)
+            if stuck:
+                fixed = self._tell_apart(fixed, block)
+            elif varying(block):
                 neurons = self._meet(neurons, block)
-        fixed: list[Tensor] = []
         for p in label.fixed:
             fixed = self._tell_apart(fixed, self._fold(p, gone))
         shape = tuple(1 if d in dims else s for d, s in enumerate(label.shape))
@@ -380,24 +392,30 @@ class Context:
             if x.size:
                 self._mark(x, mix(marks), f"{why} ({self.place})")
 
-    def _fold_neurons(self, t: Tensor, gone: Sequence[int]) -> Tensor | None:
-        """The blocks that remain of neurons after a reduction, or None where one set was reduced over."""
+    def _fold_neurons(self, t: Tensor, gone: Sequence[int]) -> tuple[Tensor, bool]:
+        """What remains of neurons after a reduction: the blocks that were reduced over (none where it was one set).
+
+        Sets that overlap can only stay in place; then the second result is True and the first fixed identities.
+        """
         roots = self._roots(t)
         ids = np.unique(roots[roots >= 0])
         self.atoms.tag(ids, np.int64(self.atoms.mark()))  # members of the set differ from non-members
         sums = mix(roots).sum(axis=tuple(d for d in gone if t.shape[d] > 1), keepdims=True)
+        none = torch.full((1,) * t.dim(), -1)
         if (sums == sums.flat[0]).all():
-            return None
+            return none, False
         x, group = np.broadcast_arrays(roots, sums)
         standing = x.ravel() >= 0
         x, group = unique_pairs(x.ravel()[standing], group.ravel()[standing])
+        values, first = np.unique(sums, return_index=True)
         if not distinct(x):
             self.atoms.pin(x, f"overlapping sets reduced at {self.place}")
-            return None
+            order = mix(self.atoms.mark() + np.argsort(np.argsort(first)))
+            return torch.from_numpy(order[np.searchsorted(values, sums)]), True
         groups, block = self.atoms.blocks(x, group)
-        at = np.searchsorted(groups, sums)
-        found = (at < len(groups)) & (groups[np.minimum(at, len(groups) - 1)] == sums)
-        return narrow(torch.from_numpy(np.where(found, block[np.minimum(at, len(groups) - 1)], -1)))
+        lookup = np.full(len(values), -1)
+        lookup[np.searchsorted(values, groups)] = block
+        return narrow(torch.from_numpy(lookup[np.searchsorted(values, sums)])), False
 
     def normalise(self, label: Label, dims: Iterable[int]) -> Label:
         """Every entry meets a symmetric reduction over ``dims`` (softmax, layer norm, ..)."""
@@ -414,21 +432,15 @@ class Context:
 
         ``sizes`` are the new sizes along ``dims``.
         """
-        neurons = []
-        for t in label.neurons:
-            if any(t.shape[d] > 1 for d in dims):
-                self.atoms.pin(t.numpy().ravel(), f"neighbours are mixed at {self.place}")
-            else:
-                neurons.append(t)
-        fixed: list[Tensor] = []
-        for p in label.fixed:
-            fixed = self._tell_apart(fixed, self._fold(p, (), dims))
+        dims = [d % label.ndim for d in dims]
+        label = self.reduce(self.ordered(label, dims), dims, keepdim=True)
         shape = list(label.shape)
         for d, size in zip(dims, sizes, strict=True):
             shape[d] = size
+        fixed = list(label.fixed)
         for p in self.positions(shape, dims):
             fixed = self._tell_apart(fixed, p)
-        return replace(label, shape=tuple(shape), neurons=tuple(neurons), fixed=tuple(fixed))
+        return replace(label, shape=tuple(shape), fixed=tuple(fixed))
 
     # -- contracting ---------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
     # Nearly all are tables of hooks without an entry, a dozen a module; copies of those would cost the most here.
     contents = [c.copy() if c else () for c in containers]
     held = (b for m in everything for b in m._buffers.values())
-    buffers = {id(b): b for b in held if b is not None and not (is_lazy(b) or b.is_meta)}  # without values, nothing to keep
+    buffers = {id(b): b for b in held if b is not None and not (is_lazy(b) or b.is_meta)}
     values = [b.detach().clone() for b in buffers.values()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):

@@ -736,6 +736,16 @@ class TemporalShift(_Image):
         return F.relu(self.conv(torch.cat([torch.roll(x[:, :3], 1, dims=3), x[:, 3:]], dim=1)))
 
 
+@network(f(4), IMAGE)  # a channel and a function of it, one of them shifted: two copies that do not exchange
+class ShiftedCopies(_Image):
+    def __init__(self) -> None:
+        super().__init__(4, 8)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, torch.tanh(x)], 1)
+        return F.gelu(torch.cat([torch.roll(x[:, :4], 1, dims=3), x[:, 4:]], 1))
+
+
 @network(f(4) * f(6) * f(5), IMAGE)  # skip connection, bottom, decoder
 class Unet(nn.Module):
     def __init__(self) -> None:
@@ -1004,6 +1014,17 @@ class RotaryHalves(_Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v)
+
+
+@network(
+    f(8) * f(4) * f(2) ** 4, TOKENS
+)  # four heads with one pair: no frequency tells its two places apart, the sign does
+class RotaryOnePair(RotaryHalves):
+    def __init__(self) -> None:
+        _Attention.__init__(self, heads=4, dim=2, kv_heads=4)
+        angles = torch.arange(6.0).view(6, 1).repeat(1, 2)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
 
 
 @network(f(8) * f(2) * f(4) * f(4) ** 2, TOKENS)  # shared norm weights: one query-key permutation for all heads

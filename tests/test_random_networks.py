@@ -38,7 +38,7 @@ def infer(program: Program) -> fxmerge.AxisClasses:
 @given(networks())
 def test_inferred_symmetries_keep_the_function(program: Program) -> None:
     classes = infer(program)
-    error = fxmerge.verify(program, classes, seed=0).error
+    error = max(fxmerge.verify(program, classes, seed=seed).error for seed in range(3))
     assert error <= 1e-9, f"{error}\n{classes}"
 
 

@@ -98,7 +98,7 @@ def _convolve(ctx, call, transposed):
     split = (*x.shape[:batch], g, inside, *x.shape[batch + 1 :])
     x = ctx.move(x, lambda t: t.reshape(split), split)
     rows = (g, w.shape[0] // g, *w.shape[1:])
-    w = ctx.move(w, lambda t: t.reshape(rows), rows)
+    w = ctx.move(ctx.ordered(w, range(2, w.ndim)), lambda t: t.reshape(rows), rows)
     lead = _lead(batch)
     layout = ["g", "c", "o", *kernel] if transposed else ["g", "o", "c", *kernel]
     y = ctx.contract([(x, [*lead, "g", "c", *space]), (w, layout)], [*lead, "g", "o", *space])

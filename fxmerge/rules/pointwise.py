@@ -38,6 +38,14 @@ def prelu(ctx, call):
     return ctx.align(x, ctx.move(weight, lambda t: t.reshape(lay), lay), shape=x.shape)
 
 
+@rule("glu")
+def gated(ctx, call):
+    """One half gates the other: entry i is tied to entry i + n."""
+    x, dim, shape = call["self"], call["dim"], call.shapes[0]
+    value, gate = (ctx.move(x, lambda t, k=k: t.chunk(2, dim)[k], shape) for k in (0, 1))
+    return ctx.align(value, gate, shape=shape)
+
+
 @rule("tril", "triu")
 def triangle(ctx, call):
     """A triangle kept: the places along both axes differ."""

@@ -1,0 +1,77 @@
+"""Recurrent layers: gates have fixed places, hidden units move together in every weight and in the state."""
+
+import torch
+
+from fxmerge.rules.registry import rule
+
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+@rule(*GATES)
+def recurrent(ctx, call):
+    """Layers of h' = cell(W_ih x + b_ih, W_hh h + b_hh), gates stacked along axis 0 of every weight."""
+    if "batch_sizes" in call.arguments:
+        return NotImplemented  # packed sequences
+    gates, x = GATES[call.name], ctx.lift(call["input"])
+    directions = 2 if call["bidirectional"] else 1
+    weights, layers = [ctx.lift(w) for w in call["params"]], call["num_layers"]
+    each = len(weights) // (layers * directions)
+    time = 1 if call["batch_first"] and x.ndim == 3 else 0
+    start = call["hx"]
+    start = [ctx.lift(s) for s in (start if isinstance(start, (list, tuple)) else [start])]
+    hidden, cells = [], []
+    for layer in range(layers):
+        x = ctx.windows(x, [time], [x.shape[time]])
+        outs = []
+        for way in range(directions):
+            at = (layer * directions + way) * each
+            first = [ctx.move(s, lambda t, k=layer * directions + way: t[k], s.shape[1:]) for s in start]
+            out, cell = _layer(ctx, x, weights[at : at + each], gates, bool(call["has_biases"]), first, time)
+            outs.append(out)
+            hidden.append(ctx.reduce(out, [time]))
+            cells.append(ctx.reduce(cell, [time]))
+        size = sum(o.shape[-1] for o in outs)
+        x = ctx.join(outs, lambda tensors: torch.cat(tensors, -1), (*outs[0].shape[:-1], size))
+    made = [x]
+    for parts, shape in zip((hidden, cells), call.shapes[1:], strict=False):
+        stacked = [ctx.move(p, lambda t: t[None], (1, *p.shape)) for p in parts]
+        made.append(ctx.join(stacked, torch.cat, shape))
+    return made
+
+
+def _layer(ctx, x, weights, gates, biased, start, time):
+    """One direction of one layer: its output and its cell state, both along the hidden units."""
+    w_ih, w_hh, *rest = weights
+    biases = rest[:2] if biased else []
+    project = rest[-1] if len(rest) > len(biases) else None
+    lead = [f"lead{k}" for k in range(x.ndim - 1)]
+    units = w_ih.shape[0] // gates
+
+    def split(w):
+        shape = (gates, units, *w.shape[1:])
+        return ctx.move(w, lambda t: t.reshape(shape), shape)
+
+    def cell_of(total):
+        axis = total.ndim - 2
+        return ctx.reduce(ctx.ordered(total, [axis]), [axis])
+
+    total = ctx.contract([(x, [*lead, "i"]), (split(w_ih), ["gate", "unit", "i"])], [*lead, "gate", "unit"])
+    total = ctx.align(total, *map(split, biases), shape=total.shape)
+    cell = cell_of(total)
+    if len(start) > 1:
+        cell = _meet(ctx, cell, start[1], time)
+    out = cell if project is None else ctx.contract([(cell, [*lead, "u"]), (project, ["p", "u"])], [*lead, "p"])
+    out = _meet(ctx, out, start[0], time)
+    back = ctx.contract([(out, [*lead, "h"]), (split(w_hh), ["gate", "unit", "h"])], [*lead, "gate", "unit"])
+    total = ctx.align(total, back, shape=total.shape)
+    cell = ctx.align(cell, cell_of(total), shape=cell.shape)
+    return out, cell
+
+
+def _meet(ctx, state, first, time):
+    """The initial state [batch, units] meets the state at every step."""
+    if not (first.neurons or first.fixed):
+        return state
+    shape = list(state.shape)
+    shape[time] = 1
+    return ctx.align(state, ctx.move(first, lambda t: t.reshape(shape), shape), shape=state.shape)
