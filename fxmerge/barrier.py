@@ -163,11 +163,11 @@ def _require_same_structure(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) ->
 
 
 def _between(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """A new tensor; equal entries stay as they are, since masks may hold -inf."""
+    """A new tensor, since a network may write into its buffers; the ends as they are, since masks may hold -inf."""
     if t == 0 or not (a.is_floating_point() or a.is_complex()):
         return a.clone()
-    b = b.to(a.dtype)
-    return b.clone() if t == 1 else torch.where(a == b, a, (1 - t) * a + t * b)
+    b = b.to(a.dtype, copy=True)
+    return b if t == 1 else (1 - t) * a + t * b
 
 
 def _calls(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.ir import Alignment, AxisClasses, Coupling, Site
-from fxmerge.linalg import multiply_axis
+from fxmerge.linalg import Map
 
 
 def from_permutations(
@@ -33,7 +33,7 @@ def from_permutations(
     """
     couplings = []
     for k, c in enumerate(classes):
-        rows = [torch.eye(c.size)[p[k]] for p in permutations]  # [n, n]: 1 at (i, p[i])
+        rows = [torch.eye(c.size, dtype=torch.float64)[p[k]] for p in permutations]  # [n, n]: 1 at (i, p[i])
         merge = torch.cat([w * r for w, r in zip(weights, rows, strict=True)], 1)
         couplings.append(Coupling(merge, torch.cat([r.T for r in rows], 0), (c.size,) * len(rows)))
     return Alignment(tuple(couplings), method, dict(quality or {}), notes)
@@ -51,6 +51,7 @@ def fuse(
         weights: shares, for tensors that have no neurons. Integers and constants that agree are taken as they are.
     """
     touched = [p.by_tensor() for p in parents]
+    maps = _Maps(alignment)
     fused: dict[str, Tensor] = {}
     for name, first in states[0].items():
         values = [s[name] for s in states]
@@ -64,7 +65,7 @@ def fuse(
             continue
         total: Tensor | None = None
         for k, value in enumerate(values):
-            part = _carry(value, entries[k] or [], entries[0], alignment, k, parents[0], weights[k])
+            part = _carry(value, entries[k] or [], entries[0], maps, k, parents[0], weights[k])
             total = part if total is None else total + part
         assert total is not None
         fused[name] = total.to(first.dtype)
@@ -82,7 +83,7 @@ def _carry(
     value: Tensor,
     own: Sequence[Entry],
     target: Sequence[Entry],
-    alignment: Alignment,
+    maps: _Maps,
     k: int,
     classes: AxisClasses,
     weight: float,
@@ -90,7 +91,7 @@ def _carry(
     """One parent's share of a fused tensor: each axis goes through its classes' couplings."""
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
-    sites = list(dict.fromkeys(site for site, _, _ in own))
+    sites = sorted({site for site, _, _ in own})  # axis 0 before the groups that follow it
     makes = [s for s in sites if s not in classes.reads]
     # exactly one axis carries the parents' shares; the others only say who is where
     free = [s for s in makes if any(s == t and classes[c].free for t, c, _ in own)]
@@ -101,29 +102,41 @@ def _carry(
         pieces = []
         for (s, c, index), (_, _, goal) in zip(own, target, strict=True):
             if s == site:
-                pieces.append((index, goal, _side(alignment.couplings[c], k, site == carrier)))
-        value = _through(value, site, pieces) if site.groups == 1 else _through_groups(value, site, own, alignment, k, pieces)
+                pieces.append((index, goal, maps(c, k, site == carrier)))
+        value = _through(value, site, pieces) if site.groups == 1 else _through_groups(value, site, pieces)
     return value
 
 
-def _side(coupling: Coupling, k: int, carries: bool) -> Tensor:
-    """[n, n_k]: rows made by merging, or columns read back."""
-    if carries:
-        return coupling.merge.split(coupling.widths, 1)[k]
-    return coupling.unmerge.split(coupling.widths, 0)[k].T
+class _Maps:
+    """The sides of all couplings, each looked at once."""
+
+    def __init__(self, alignment: Alignment) -> None:
+        self._couplings = alignment.couplings
+        self._known: dict[tuple[int, int, bool], Map] = {}
+
+    def __call__(self, c: int, k: int, carries: bool) -> Map:
+        """Class c, parent k: [n, n_k], rows made by merging, or columns read back."""
+        key = (c, k, carries)
+        if key not in self._known:
+            coupling = self._couplings[c]
+            if carries:
+                self._known[key] = Map.of(coupling.merge.split(coupling.widths, 1)[k])
+            else:
+                self._known[key] = Map.of(coupling.unmerge.split(coupling.widths, 0)[k].T)
+        return self._known[key]
 
 
-def _through(value: Tensor, site: Site, pieces: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def _through(value: Tensor, site: Site, pieces: Sequence[tuple[Tensor, Tensor, Map]]) -> Tensor:
     """Every class on an axis through its own matrix; places of a neuron move together."""
     axis = site.axis
     if len(pieces) == 1 and pieces[0][0].shape[1] == 1 and _in_order(pieces[0][0], value.shape[axis]) and _in_order(pieces[0][1], None):
-        return multiply_axis(value, axis, pieces[0][2].to(value))
+        return pieces[0][2](value, axis)
     width = sum(goal.numel() for _, goal, _ in pieces)
     out = value.new_zeros([width if d == axis else s for d, s in enumerate(value.shape)])
-    for index, goal, matrix in pieces:
+    for index, goal, through in pieces:
         n, m = index.shape
         part = value.index_select(axis, index.reshape(-1).to(value.device)).unflatten(axis, (n, m))
-        part = multiply_axis(part, axis, matrix.to(value)).flatten(axis, axis + 1)
+        part = through(part, axis).flatten(axis, axis + 1)
         out.index_copy_(axis, goal.reshape(-1).to(value.device), part)
     return out
 
@@ -133,9 +146,7 @@ def _in_order(index: Tensor, width: int | None) -> bool:
     return index.shape[1] == 1 and (width is None or n == width) and bool((index[:, 0] == torch.arange(n)).all())
 
 
-def _through_groups(
-    value: Tensor, site: Site, own: Sequence[Entry], alignment: Alignment, k: int, pieces: Sequence[tuple[Tensor, Tensor, Tensor]]
-) -> Tensor:
+def _through_groups(value: Tensor, site: Site, pieces: Sequence[tuple[Tensor, Tensor, Map]]) -> Tensor:
     """The input axis of a grouped convolution, after axis 0 went through its own couplings.
 
     Rows are already in the fused network's groups. Row group g reads the parent group that its rows came from, so the
@@ -145,7 +156,7 @@ def _through_groups(
     matrix = value.new_zeros(width, width)
     for index, goal, piece in pieces:
         for a in range(index.shape[1]):
-            matrix[goal[:, a][:, None].to(value.device), index[:, a][None, :].to(value.device)] = piece.to(value)
+            matrix[goal[:, a][:, None].to(value.device), index[:, a][None, :].to(value.device)] = piece.matrix.to(value)
     g, inside = site.groups, value.shape[1]
     blocks = matrix.reshape(g, inside, g, inside)
     strength = blocks.abs().amax((1, 3))

@@ -44,16 +44,9 @@ from torch.utils import _pytree as pytree
 from fxmerge.errors import FormatError, FxMergeError, told
 
 VERSION = 1
-_FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)  # of bad values
 _GRAPH, _TENSORS, _RECIPE, _REPORT = "graph.json", "model.safetensors", "recipe.json", "report.html"
+# What a value that does not belong makes Python and torch raise.
+_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def save(
@@ -61,7 +54,8 @@ def save(
 ) -> Path:
     """Write ``module`` to ``folder``, which appears complete or not at all, and return the folder.
 
-    Tied tensors are stored once and tied again by ``load``; buffers and constants outside the state_dict are kept.
+    Tied tensors are stored once and tied again by ``load`` (parts of one tensor become tensors of their own); buffers
+    and constants outside the state_dict are kept. What the graph does not call keeps its keys, whatever its class.
 
     Args:
         module: calls torch and torchvision functions, and leaf modules of ``torch.nn`` or ``torchvision.ops``.
@@ -148,14 +142,9 @@ def export_onnx(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as partial:
         file = str(Path(partial, path.name))
-        options: dict[str, Any] = {
-            "dynamo": True,
-            "dynamic_shapes": shapes,
-            "external_data": external,
-            "verbose": False,
-        }
+        options: dict[str, Any] = {"dynamic_shapes": shapes, "external_data": external, "verbose": False}
         try:
-            torch.onnx.export(module.eval(), args, file, kwargs=kwargs, **options)
+            torch.onnx.export(module.eval(), args, file, kwargs=kwargs, dynamo=True, **options)
         except Exception as error:
             raise FxMergeError(f"torch.onnx cannot export {type(module).__name__}: {error}") from error
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -28,14 +30,28 @@ def correlation(cross: Tensor, var_rows: Tensor, var_columns: Tensor) -> Tensor:
     return (cross / scale).masked_fill(tiny, 0.0)
 
 
-def multiply_axis(value: Tensor, axis: int, matrix: Tensor) -> Tensor:
-    """matrix [n, m] applied along ``axis`` (of size m). Rows with one entry each, as permutations have, are a gather."""
-    nonzero = matrix != 0
-    if bool((nonzero.sum(1) <= 1).all()):
+@dataclass(frozen=True, eq=False)
+class Map:
+    """A matrix [n, m] to be applied along axes; where every row has at most one entry, as a scaled gather."""
+
+    matrix: Tensor
+    source: Tensor | None
+    scale: Tensor | None
+
+    @staticmethod
+    def of(matrix: Tensor) -> Map:
+        nonzero = matrix != 0
+        if not bool((nonzero.sum(1) <= 1).all()):
+            return Map(matrix, None, None)
         source = nonzero.to(torch.uint8).argmax(1)
         scale = matrix.gather(1, source[:, None])[:, 0]
-        out = value.index_select(axis, source)
-        if bool((scale == 1).all()):
+        return Map(matrix, source, None if bool((scale == 1).all()) else scale)
+
+    def __call__(self, value: Tensor, axis: int) -> Tensor:
+        """``value`` with its axis of size m replaced by one of size n."""
+        if self.source is None:
+            return torch.tensordot(self.matrix.to(value), value, dims=([1], [axis])).movedim(0, axis)
+        out = value.index_select(axis, self.source.to(value.device))
+        if self.scale is None:
             return out
-        return out * scale.reshape([-1 if d == axis else 1 for d in range(value.dim())])
-    return torch.tensordot(matrix, value, dims=([1], [axis])).movedim(0, axis)
+        return out * self.scale.to(value).reshape([-1 if d == axis else 1 for d in range(value.dim())])

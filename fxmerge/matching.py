@@ -68,134 +68,149 @@ def match_family(
         (k,) = family
         return {k: assignment(score[k]) if k in score else torch.arange(classes[k].size)}
     scores = {k: v.detach().double().cpu() for k, v in score.items()}
-    found: dict[int, Tensor] = {}
-    roots = [k for k in family if not classes[k].parents]
-    for sweep in range(1 + (len(roots) > 1)):  # several roots: a product, solved in turn
-        for root in roots:
-            n = torch.arange(classes[root].size)
-            solve = _Solver(classes, family, scores, joints, found)
-            _, chosen = solve.best(root, n, n, ())
-            found.update(chosen)
-        if sweep == 0 and len(roots) == 1:
-            break
-    return found
+    return _Solver(classes, family, scores, joints).solve()
 
 
 class _Solver:
+    """Blocks inside blocks; a class with two parents is a product, and each parent is solved given the other.
+
+    ``self.known`` maps the classes settled so far, in the pair of blocks at work: [n], -1 where not yet.
+    """
+
     def __init__(
-        self,
-        classes: AxisClasses,
-        family: Sequence[int],
-        scores: Mapping[int, Tensor],
-        joints: Sequence[Joint],
-        known: Mapping[int, Tensor],
+        self, classes: AxisClasses, family: Sequence[int], scores: Mapping[int, Tensor], joints: Sequence[Joint]
     ) -> None:
-        self.classes, self.family, self.scores, self.known = classes, family, scores, known
+        self.classes, self.family, self.scores = classes, family, scores
         self.joints = {j.outer: j for j in joints} | {j.inner: j for j in joints}
+        self.sweeps = 2 if any(len(classes[k].parents) > 1 for k in family) else 1
+        self.known: dict[int, Tensor] = {}
+        self.below = {k: self._descendants(k) for k in family}
         self.members: dict[tuple[int, int], list[Tensor]] = {}
         for k in family:
-            for col, p in enumerate(classes[k].parents):
-                blocks = classes[k].blocks[:, col]
-                order = torch.argsort(blocks, stable=True)
+            for column, p in enumerate(classes[k].parents):
+                blocks = classes[k].blocks[:, column]
                 counts = torch.bincount(blocks, minlength=classes[p].size).tolist()
-                self.members[k, p] = list(order.split(counts))
+                self.members[k, p] = list(torch.argsort(blocks, stable=True).split(counts))
 
-    def best(self, k: int, left: Tensor, right: Tensor, solved: tuple[int, ...]) -> tuple[float, dict[int, Tensor]]:
-        """The best assignment of ``right`` to ``left`` (members of class k) with all that hangs below."""
-        own = self.scores[k][left][:, right] if k in self.scores else torch.zeros(len(left), len(right), dtype=torch.float64)
-        below = [c for c in self.family if k in self.classes[c].parents]
-        parts: dict[tuple[int, int], dict[int, tuple[Tensor, Tensor]]] = {}
-        total = own.clone()
-        if below:
-            for i in range(len(left)):
-                for j in range(len(right)):
-                    value, parts[i, j] = self._pair(below, k, int(left[i]), int(right[j]), solved)
-                    total[i, j] += value
-        p = self._assign(k, total, left, right)
-        full = {k: _scatter(self.classes[k].size, left, right[p])}
-        for i in range(len(left)):
-            for c, (a, b) in parts.get((i, int(p[i])), {}).items():
-                full.setdefault(c, torch.full((self.classes[c].size,), -1))[a] = b
-        return float(total[torch.arange(len(left)), p].sum()), full
+    def _descendants(self, k: int) -> set[int]:
+        direct = {c for c in self.family if k in self.classes[c].parents}
+        return direct.union(*(self._descendants(c) for c in direct))
 
-    def _assign(self, k: int, total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return assignment(total)
-
-    def _pair(
-        self, below: Sequence[int], k: int, i: int, j: int, solved: tuple[int, ...]
-    ) -> tuple[float, dict[int, tuple[Tensor, Tensor]]]:
-        """Block j of B in the place of block i of A: the best its members can do."""
-        value, chosen = 0.0, {}
-        done: set[int] = set()
-        for c in below:
-            if c in done:
-                continue
-            a, b = self.members[c, k][i], self.members[c, k][j]
-            joint = self.joints.get(c)
-            if joint is not None and {joint.outer, joint.inner} <= set(below):
-                v, pairs = self._joint_pair(joint, k, i, j)
-                value += v
-                chosen |= pairs
-                done |= {joint.outer, joint.inner}
-                continue
-            others = [p for p in self.classes[c].parents if p != k]
-            if others:  # a product: the other parents say which members correspond
-                b = b[self._follow(c, others, a, b)]
-                if c in self.scores:
-                    value += float(self.scores[c][a, b].sum())
-                chosen[c] = (a, b)
-                continue
-            v, sub = self.best(c, a, b, (*solved, k))
-            value += v
-            for d, full in sub.items():
-                at = (full >= 0).nonzero()[:, 0]
-                chosen[d] = (at, full[at])
-        return value, chosen
-
-    def _follow(self, c: int, others: Sequence[int], a: Tensor, b: Tensor) -> Tensor:
-        cols = [self.classes[c].parents.index(p) for p in others]
-        want = torch.stack(
-            [self.known[p][self.classes[c].blocks[a, col]] if p in self.known else self.classes[c].blocks[a, col]
-             for p, col in zip(others, cols, strict=True)], 1
-        )
-        have = self.classes[c].blocks[b][:, cols]
-        left, right = {}, {}
-        for at, row in enumerate(map(tuple, want.tolist())):
-            left.setdefault(row, []).append(at)
-        for at, row in enumerate(map(tuple, have.tolist())):
-            right.setdefault(row, []).append(at)
-        order = torch.empty(len(a), dtype=torch.int64)
-        for row, at in left.items():
-            there = right[row]
-            if len(at) > 1 and c in self.scores:
-                p = assignment(self.scores[c][a[at]][:, b[there]])
-                there = [there[int(q)] for q in p]
-            order[at] = torch.tensor(there)
-        return order
-
-    def _joint_pair(self, joint: Joint, k: int, i: int, j: int) -> tuple[float, dict[int, tuple[Tensor, Tensor]]]:
-        """Out and in of one group, in turn: each given the other, from what other weights say of them."""
-        o, c = joint.outer, joint.inner
-        ao, bo = self.members[o, k][i], self.members[o, k][j]
-        ac, bc = self.members[c, k][i], self.members[c, k][j]
-        so = self.scores[o][ao][:, bo] if o in self.scores else torch.zeros(len(ao), len(bo), dtype=torch.float64)
-        sc = self.scores[c][ac][:, bc] if c in self.scores else torch.zeros(len(ac), len(bc), dtype=torch.float64)
-        x, y = joint.left[i], joint.right[j]
-        pc = assignment(sc)
-        best = None
-        for _ in range(3):
-            po = assignment(so + torch.einsum("ocr,pcr->op", x, y[:, pc]))
-            given = sc + torch.einsum("ocr,odr->cd", x, y[po])
-            pc = assignment(given)
-            value = float(given[torch.arange(len(pc)), pc].sum() + so[torch.arange(len(po)), po].sum())
-            if best is not None and value <= best[0] + 1e-12:
-                break
-            best = (value, {o: (ao, bo[po]), c: (ac, bc[pc])})
-        assert best is not None
+    def solve(self) -> dict[int, Tensor]:
+        """The best of a few starts; a tree needs one, a product depends on which side is settled first."""
+        roots = [k for k in self.family if not self.classes[k].parents]
+        everything = {k: torch.arange(self.classes[k].size) for k in self.family}
+        best, value = everything, -float("inf")
+        for order in (roots, roots[::-1]) if len(roots) > 1 else (roots,):
+            for start in ({}, everything) if len(roots) > 1 else ({},):
+                self.known = dict(start)
+                self._block({k: (everything[k], everything[k]) for k in order}, None)
+                found = self._value(self.known)
+                if found > value:
+                    best, value = self.known, found
         return best
 
+    def _value(self, found: Mapping[int, Tensor]) -> float:
+        total = sum(float(s[torch.arange(len(s)), found[k]].sum()) for k, s in self.scores.items() if k in found)
+        for joint in set(self.joints.values()):
+            groups = self.classes[joint.outer].parents[0]
+            for i in range(len(joint.left)):
+                ao, ac = self.members[joint.outer, groups][i], self.members[joint.inner, groups][i]
+                j = int(found[groups][i])
+                po, pc = (
+                    torch.searchsorted(self.members[k, groups][j], found[k][m])
+                    for k, m in ((joint.outer, ao), (joint.inner, ac))
+                )
+                total += float((joint.left[i] * joint.right[j][po][:, pc]).sum())
+        return total
 
-def _scatter(size: int, at: Tensor, value: Tensor) -> Tensor:
-    full = torch.full((size,), -1)
-    full[at] = value
-    return full
+    def _block(self, below: Mapping[int, tuple[Tensor, Tensor]], parent: int | None) -> float:
+        """Matches all that lives in one pair of blocks; adds to ``known`` and returns the summed score."""
+        value = 0.0
+        for _ in range(self.sweeps):
+            value, done = 0.0, set()
+            for c, (a, b) in below.items():
+                allowed = self._allowed(c, a, b, parent)
+                if c in done or allowed is None:  # a product whose other side is not settled yet
+                    continue
+                joint = self.joints.get(c)
+                if joint is not None and joint.outer in below and joint.inner in below:
+                    masks = [self._allowed(k, *below[k], parent) for k in (joint.outer, joint.inner)]
+                    if masks[0] is not None and masks[1] is not None and parent is not None:
+                        value += self._joint(joint, below, parent, masks[0], masks[1])
+                        done |= {joint.outer, joint.inner}
+                        continue
+                value += self._class(c, a, b, allowed)
+        return value
+
+    def _class(self, k: int, left: Tensor, right: Tensor, allowed: Tensor) -> float:
+        """Matches members ``right`` of class k to ``left``, with all that hangs below them."""
+        total = self._score(k, left, right, allowed)
+        below = [c for c in self.family if k in self.classes[c].parents]
+        inside: dict[tuple[int, int], dict[int, Tensor]] = {}
+        outside = self.known
+        if below:
+            for x, i in enumerate(left.tolist()):
+                for y, j in enumerate(right.tolist()):
+                    self.known = {c: found for c, found in outside.items() if c not in self.below[k]}
+                    total[x, y] += self._block({c: (self.members[c, k][i], self.members[c, k][j]) for c in below}, k)
+                    inside[x, y] = self.known
+        p = assignment(total)
+        self.known = outside
+        self._settle(k, left, right[p])
+        for x in range(len(left)) if below else ():
+            for c, found in inside[x, int(p[x])].items():
+                if c in self.below[k]:
+                    at = (found >= 0).nonzero()[:, 0]
+                    self._settle(c, at, found[at])
+        return float(total[torch.arange(len(left)), p].sum())
+
+    def _score(self, k: int, left: Tensor, right: Tensor, allowed: Tensor) -> Tensor:
+        own = self.scores[k][left][:, right] if k in self.scores else torch.zeros(len(left), len(right), dtype=torch.float64)
+        return own.masked_fill(~allowed, -1e12 * max(1.0, float(own.abs().max()))) if not bool(allowed.all()) else own.clone()
+
+    def _allowed(self, c: int, a: Tensor, b: Tensor, parent: int | None) -> Tensor | None:
+        """[len(a), len(b)]: pairs whose other blocks correspond; None where that is not known yet."""
+        mask = torch.ones(len(a), len(b), dtype=torch.bool)
+        for column, p in enumerate(self.classes[c].parents):
+            if p == parent:
+                continue
+            goal = self.known[p][self.classes[c].blocks[a, column]] if p in self.known else torch.tensor([-1])
+            if bool((goal < 0).any()):
+                return None
+            mask &= goal[:, None] == self.classes[c].blocks[b, column][None, :]
+        return mask
+
+    def _joint(
+        self, joint: Joint, below: Mapping[int, tuple[Tensor, Tensor]], parent: int, out_mask: Tensor, in_mask: Tensor
+    ) -> float:
+        """Out and in of one group, in turn: each given the other, from what other weights say of them."""
+        (ao, bo), (ac, bc) = below[joint.outer], below[joint.inner]
+        group = [int(self.classes[joint.outer].blocks[m[0], self.classes[joint.outer].parents.index(parent)]) for m in (ao, bo)]
+        x, y = joint.left[group[0]], joint.right[group[1]]
+        so, sc = self._score(joint.outer, ao, bo, out_mask), self._score(joint.inner, ac, bc, in_mask)
+        best: tuple[float, Tensor, Tensor] | None = None
+        here = torch.arange(len(ac))
+        on_out = sc + torch.einsum("ocr,odr->cd", x, y[assignment(so)])
+        starts = (assignment(sc), assignment(on_out), assignment(sc.masked_fill(here[:, None] == here, 1e9)))
+        for pc in {tuple(p.tolist()): p for p in starts}.values():
+            reached = -float("inf")
+            for _ in range(4):
+                po = assignment(so + torch.einsum("ocr,pcr->op", x, y[:, pc]))
+                given = sc + torch.einsum("ocr,odr->cd", x, y[po])
+                pc = assignment(given)
+                value = float(given[here, pc].sum() + so[torch.arange(len(po)), po].sum())
+                if best is None or value > best[0]:
+                    best = (value, po, pc)
+                if value <= reached + 1e-12:
+                    break
+                reached = value
+        assert best is not None
+        self._settle(joint.outer, ao, bo[best[1]])
+        self._settle(joint.inner, ac, bc[best[2]])
+        return best[0]
+
+    def _settle(self, k: int, at: Tensor, value: Tensor) -> None:
+        full = self.known[k].clone() if k in self.known else torch.full((self.classes[k].size,), -1)
+        full[at] = value
+        self.known[k] = full

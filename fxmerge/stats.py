@@ -205,6 +205,7 @@ def collect(
     sums: dict[int, list[Moments | None]] = {k: [None] * len(ts) for k, ts in taps[0].items()}
     draw = torch.Generator().manual_seed(seed)
     samples = 0
+    masked: set[tuple[int, int]] = set()
     with evaluating(*graphs):
         for batch in tqdm(batches, desc="statistics", disable=not progress, leave=False):
             args, kwargs = feed(batch)
@@ -219,12 +220,16 @@ def collect(
                     if total > positions * size:
                         keep = torch.randint(total, (positions * size,), generator=draw).to(seen[0].device)
                     parts = [rows(v, chosen[k][t], keep) for v, chosen in zip(seen, taps, strict=True)]
+                    if taps[0][k][t].kind == "other" and not all(bool(torch.isfinite(p).all()) for p in parts):
+                        masked.add((k, t))  # scores behind an attention mask
+                    if (k, t) in masked:
+                        continue
                     new = _moments(parts, sums[k][t])
                     old = sums[k][t]
                     sums[k][t] = new if old is None else old + new
     if not samples:
         raise InputError("the data is empty: no batch came out of it. Pass a loader with at least one batch")
-    done = {k: tuple(m for m in ms if m is not None) for k, ms in sums.items()}
+    done = {k: tuple(m for t, m in enumerate(ms) if m is not None and (k, t) not in masked) for k, ms in sums.items()}
     stats = Statistics({k: ms for k, ms in done.items() if ms}, samples)
     for ms in stats.moments.values():
         for m in ms:

@@ -694,16 +694,14 @@ class Prelu(_Image):
         return self.slope(self.conv(self.slopes(x - 0.5)))
 
 
-# Weight [in, out, ..]. Stride and kernel are equal, so every kernel entry writes pixels of its own, and the mean over
-# pixels does not see which: the kernel's rows permute, and its columns.
-@network(f(6) * f(4) * f(2) * f(2), IMAGE)
+@network(f(6) * f(4) * f(5), IMAGE)  # weight [in, out, ..]
 class ConvTranspose(_Image):
     def __init__(self) -> None:
-        super().__init__(6, 4)
-        self.up = nn.ConvTranspose2d(6, 4, 2, 2)
+        super().__init__(6, 5)
+        self.up, self.conv = nn.ConvTranspose2d(6, 4, 2, 2), conv(4, 5)
 
     def body(self, x: Tensor) -> Tensor:
-        return F.relu(self.up(x))
+        return F.relu(self.conv(F.relu(self.up(x))))
 
 
 @network(f(2) * f(3) ** 2 * f(2) ** 2, IMAGE)  # groups, inputs inside, outputs inside

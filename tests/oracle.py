@@ -210,6 +210,7 @@ class _Search:
             for name, places in self.places.items()
         }
         self.draws = [self.draw() for _ in range(3)]
+        self.telling: set[Axis] = set()  # axes that were good to branch on
         self.live = self.find_live()
 
     # Parameters from colours, and what the network says about them
@@ -281,8 +282,8 @@ class _Search:
 
     def refine(self, left: Colouring, right: Colouring) -> tuple[Colouring, Colouring] | None:
         """Split cells by signature on both sides until stable; None when the sides cannot correspond."""
-        draw, quiet = 0, 0
-        while quiet < 2:
+        draw, split = 0, True
+        while split:
             self.budget -= 1
             if self.budget < 0:
                 raise OracleError("too many refinements")
@@ -301,7 +302,6 @@ class _Search:
                     new_left[axis], new_right[axis] = pair
                     split |= len(set(new_left[axis])) > len(set(left[axis]))
             left, right = new_left, new_left if same else new_right
-            quiet = 0 if split else quiet + 1
             draw = (draw + 1) % len(self.draws)
         return left, right
 
@@ -356,25 +356,27 @@ class _Search:
             return g
         if (cell := self.choose(left)) is None:
             return None
-        axis, members = cell
+        axis, members, _ = cell
         there = [j for j, c in enumerate(right[axis]) if c == left[axis][members[0]]]
         for j in sorted(there, key=lambda j: j != members[0]):
             if g := self.search(_mark(left, axis, members[0]), _mark(right, axis, j)):
                 return g
         return None
 
-    def choose(self, colouring: Colouring) -> tuple[Axis, list[int]] | None:
+    def choose(self, colouring: Colouring) -> tuple[Axis, list[int], Colouring] | None:
         """The cell to branch on: the first with an atom that, set apart, tells atoms of other axes apart.
 
         Atoms whose effect is hidden as long as others are alike (a query while all keys are equal) come later.
+        Returns axis, atoms, and the refined colouring with the first of them set apart.
         """
         first = None
-        for axis, members in _cells(colouring):
-            first = first or (axis, members)
+        for axis, members in sorted(_cells(colouring), key=lambda cell: cell[0] not in self.telling):
             marked = _mark(colouring, axis, members[0])
             after, _ = self.refine(marked, marked) or (marked, marked)
+            first = first or (axis, members, after)
             if any(len(set(after[other])) > len(set(colouring[other])) for other in after if other != axis):
-                return axis, members
+                self.telling.add(axis)
+                return axis, members, after
         return first
 
     def run(self) -> Symmetries:
@@ -385,10 +387,9 @@ class _Search:
             start[axis] = [dead.index(i) + (len(dead) < len(mask)) if i in dead else 0 for i in range(len(mask))]
         levels, (colouring, _) = [], self.refine(start, start) or (start, start)
         while (cell := self.choose(colouring)) is not None:
-            axis, members = cell
+            axis, members, after = cell
             levels.append((colouring, axis, members))
-            marked = _mark(colouring, axis, members[0])
-            colouring, _ = self.refine(marked, marked) or (marked, marked)
+            colouring = after
         generators: list[Permutation] = []
         orbits = {axis: list(range(n)) for axis, n in self.size.items()}
         order = 1

@@ -95,9 +95,6 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[FxMergeError], str]
     "a shortcut more": ((Skip(False), Skip(True)), {}, StructureError, r"differ in structure.*same architecture"),
     "another activation": ((net(), net(activation=nn.Tanh)), {}, StructureError, r"(?i)relu.*tanh"),
     "another stride": ((conv(1), conv(2)), {"example_inputs": torch.ones(2, 4, 8, 8)}, StructureError, "stride"),
-    "another epsilon": (
-        (normed(), changed(normed(), lambda m: setattr(m[1], "eps", 0.1))), {}, StructureError, "eps",
-    ),
     "other groups": (
         (conv(groups=2), conv(groups=1)), {"example_inputs": torch.ones(2, 4, 8, 8)}, StructureError, "differ",
     ),
@@ -109,19 +106,21 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[FxMergeError], str]
         (net(), changed(net(), lambda m: m[2].weight.data[0].fill_(torch.nan))), {}, InputError, r"'2\.weight'.* 8 NaN",
     ),
     "inf in a parameter": (
-        (changed(net(), lambda m: m[0].bias.data[1].fill_(torch.inf)), net()), {}, InputError, r"'0\.bias'.* 1 NaN or inf",
+        (changed(net(), lambda m: m[0].bias.data[1].fill_(torch.inf)), net()), {}, InputError,
+        r"'0\.bias'.* 1 NaN or inf",
     ),
     "NaN in a buffer": (
         (normed(), changed(normed(), lambda m: m[1].running_var[:2].fill_(torch.nan))), {}, InputError,
         r"'1\.running_var'.* 2 NaN",
     ),
-    "a quantised parameter": ((net(), quantised()), {}, InputError, r"'0\.weight'.*quantised.*merge the floating-point"),
+    "a quantised parameter": ((net(), quantised()), {}, InputError, r"'0\.weight'.*quantised.*merge the floating"),
     "an untraceable module": (
-        (Branches(), Branches()), {"example_inputs": X}, TraceError, r"x\.sum\(\) > 0[\s\S]*branches[\s\S]*torch\.fx\.wrap",
+        (Branches(), Branches()), {"example_inputs": X}, TraceError,
+        r"(?s)x\.sum\(\) > 0.*branches.*torch\.fx\.wrap",
     ),
     "inputs that cannot be guessed": ((TwoInputs(), TwoInputs()), {}, InputError, r"x, y.*give example_inputs="),
-    "inputs that do not fit": ((net(), net()), {"example_inputs": X[:, :4]}, InputError, r"\[6, 4\].*Give example_inputs"),
-    "inputs of another kind": ((net(), net()), {"example_inputs": [X]}, InputError, r"tensor, a tuple .*a dict.*not list"),
+    "inputs that do not fit": ((net(), net()), {"example_inputs": X[:, :4]}, InputError, r"\[6, 4\].*Give example"),
+    "inputs of another kind": ((net(), net()), {"example_inputs": [X]}, InputError, "tensor, a tuple .*not list"),
     "no model": ((), {}, InputError, "two or more networks, got 0"),
     "one model": ((net(),), {}, InputError, "two or more networks, got 1"),
     "models in a list": (([net(), net()],), {}, InputError, "two or more networks"),
@@ -134,7 +133,8 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[FxMergeError], str]
     "a NaN weight": ((net(), net()), {"weights": (torch.nan, 1)}, InputError, r"weights=\[nan, 1\]"),
     "an infinite weight": ((net(), net()), {"weights": (torch.inf, 1)}, InputError, r"weights=\[inf, 1\]"),
     "a method without its data": (
-        (net(), net()), {"matcher": ActivationMatching()}, InputError, r"ActivationMatching.* pass data=loader.*WeightMatching",
+        (net(), net()), {"matcher": ActivationMatching()}, InputError,
+        r"ActivationMatching.* pass data=loader.*WeightMatching",
     ),
     "a repair without its data": (
         (net(), net()), {"repair": ResetBatchNorm()}, InputError, r"ResetBatchNorm.* needs data: pass data=loader",
@@ -147,12 +147,12 @@ CASES: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[FxMergeError], str]
     "a tensor for data": ((net(), net()), {"data": X}, InputError, r"iterable of batches.*data=\[tensor\]"),
     "a number for data": ((net(), net()), {"data": 3}, InputError, "iterable of batches, got int"),
     "batches of another width": ((net(), net()), {"data": [X[:, :4]]}, InputError, r"does not fit.*input_fn"),
-    "batches under a foreign key": ((net(), net()), {"data": [{"image": X}]}, InputError, r"does not fit.*'image'.*input_fn"),
+    "batches under a foreign key": ((net(), net()), {"data": [{"image": X}]}, InputError, "fit.*'image'.*input_fn"),
     "an input_fn that fails": (
         (net(), net()), {"data": [X], "input_fn": lambda batch: batch["x"]}, InputError, r"does not fit.*input_fn",
     ),
     "NaN in the data": ((net(), net()), {"example_inputs": X, "data": [POISONED]}, InputError, r"NaN or inf.*check"),
-    "inf in a later batch": ((net(), net()), {"example_inputs": X, "data": [X, X / 0]}, InputError, r"NaN or inf.*check"),
+    "inf in a later batch": ((net(), net()), {"example_inputs": X, "data": [X, X / 0]}, InputError, "NaN or inf.*check"),
     "a later batch of another width": (
         (net(), net()), {"example_inputs": X, "data": [X, X[:, :4]]}, InputError, r"does not fit.*input_fn",
     ),
@@ -173,18 +173,20 @@ def test_bad_input_is_named_before_matching_starts(parents, options, error, mess
 @pytest.mark.parametrize("name", ["one more layer", "another width", "NaN in a parameter", "a method without its data"])
 def test_align_complains_alike(name):
     (a, b), options, error, message = CASES[name]
-    with pytest.raises(error):
+    with pytest.raises(error, match=message):
         fxmerge.align(b, to=a, progress=False, **{"matcher": Started(), **options})
 
 
-@pytest.mark.parametrize(
-    ("repair", "make"), [(ResetBatchNorm(), normed), (Rescale(), net), ("auto", normed), ("auto", net)], ids=str
-)
+@pytest.mark.parametrize("make", [normed, net])
+@pytest.mark.parametrize("repair", ["auto", ResetBatchNorm(), Rescale()], ids=str)
 def test_nan_never_enters_by_way_of_a_repair(repair, make):
     """Matching on weights does not look at the data, the repair does."""
     options = {"example_inputs": X, "matcher": WeightMatching(), "repair": repair, "progress": False}
+    parents = make(), make()
+    if isinstance(repair, ResetBatchNorm) and make is net:
+        pytest.skip("nothing to reset, so the data is not looked at")
     with pytest.raises(InputError, match="NaN or inf"):
-        fxmerge.merge(make(), make(), data=[X, POISONED], **options)
+        fxmerge.merge(*parents, data=[X, POISONED], **options)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +196,7 @@ def test_nan_never_enters_by_way_of_a_repair(repair, make):
         (lambda: ActivationMatching(at="nowhere"), "'nowhere'.*'read'.*'made'"),
         (lambda: WeightMatching(restarts=0), "restarts"),
     ],
+    ids=["Rescale", "ActivationMatching", "WeightMatching"],
 )
 def test_options_out_of_range(make, message):
     with pytest.raises(InputError, match=message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import permutations, product
+from itertools import pairwise, permutations, product
 
 import numpy as np
 import pytest
@@ -18,7 +18,6 @@ from fxmerge.ir import Alignment, AxisClass, AxisClasses, Coupling
 from fxmerge.linalg import assignment, correlation
 from fxmerge.matchers import ActivationMatching, Average, WeightMatching
 from fxmerge.matching import Joint, families, match_family
-from fxmerge.stats import choose_taps, collect
 from fxmerge.symmetry import apply, full_state, random_element, relative_error
 
 # A new matcher is one row here. ReLUs that never fire have no activation to tell them by, hence "made".
@@ -82,7 +81,8 @@ def moves(alignment: Alignment, parent: int) -> list[Tensor]:
 def is_symmetry(classes: AxisClasses, found: Sequence[Tensor]) -> bool:
     """Whether permutations keep pinned neurons, and members with their blocks."""
     for c, p in zip(classes, found, strict=True):
-        if not torch.equal(p.sort().values, torch.arange(c.size)) or not (c.free or torch.equal(p, torch.arange(c.size))):
+        identity = torch.arange(c.size)
+        if not torch.equal(p.sort().values, identity) or not (c.free or torch.equal(p, identity)):
             return False
         for column, parent in enumerate(c.parents):
             if not torch.equal(c.blocks[p, column], found[parent][c.blocks[:, column]]):
@@ -134,9 +134,7 @@ def test_three_parents_are_all_aligned_to_the_first(matcher):
     classes = fxmerge.infer_classes(model, x)
     twins = [fxmerge.permute(model, classes, seed=s) for s in (1, 2)]
     data = batches(case) if matcher.needs_data else None
-    result = fxmerge.merge(
-        model, *twins, example_inputs=x, data=data, matcher=matcher, repair=None, progress=False
-    )
+    result = fxmerge.merge(model, *twins, example_inputs=x, data=data, matcher=matcher, repair=None, progress=False)
     torch.testing.assert_close(result.module.state_dict(), model.state_dict(), rtol=0, atol=1e-12)
 
 
@@ -201,7 +199,7 @@ def test_the_objective_never_falls_with_sweeps_and_restarts(unrelated):
     by_sweeps = [objective(unrelated, WeightMatching(1, sweeps).match(unrelated)) for sweeps in (0, 1, 2, 3, 50)]
     by_restarts = [objective(unrelated, WeightMatching(restarts).match(unrelated)) for restarts in (1, 2, 3, 6)]
     for values in (by_sweeps, by_restarts):
-        assert all(b >= a - 1e-9 * abs(a) for a, b in zip(values, values[1:], strict=False)), values
+        assert all(b >= a - 1e-9 * abs(a) for a, b in pairwise(values)), values
     assert by_sweeps[-1] > objective(unrelated, Average().match(unrelated))
 
 
@@ -434,7 +432,9 @@ def pinned(size: int) -> Coupling:
     return Coupling(torch.cat([0.3 * eye, 0.7 * eye], 1), torch.cat([eye, eye]), (size, size))
 
 
-def random_alignment(classes: AxisClasses, widths: Mapping[int, tuple[int, ...]], fused: Mapping[int, int]) -> Alignment:
+def random_alignment(
+    classes: AxisClasses, widths: Mapping[int, tuple[int, ...]] | None = None, fused: Mapping[int, int] | None = None
+) -> Alignment:
     """Dense couplings on the free classes, which no permutation could stand in for; pinned ones averaged."""
     generator = torch.Generator().manual_seed(0)
     couplings = []
@@ -442,8 +442,8 @@ def random_alignment(classes: AxisClasses, widths: Mapping[int, tuple[int, ...]]
         if not c.free:
             couplings.append(pinned(c.size))
             continue
-        parents = widths.get(k, (c.size,) * 2)
-        shape = fused.get(k, c.size), sum(parents)
+        parents = (widths or {}).get(k, (c.size,) * 2)
+        shape = (fused or {}).get(k, c.size), sum(parents)
         merge, unmerge = (torch.randn(s, generator=generator, dtype=torch.float64) for s in (shape, shape[::-1]))
         couplings.append(Coupling(merge, unmerge, parents))
     return Alignment(tuple(couplings), "random")
@@ -473,7 +473,7 @@ def test_a_perceptron_is_fused_by_the_formula_whatever_the_couplings_and_widths(
     states = [detached(m) for m in models]
     found = fuse(classes, alignment, states, (0.3, 0.7))
     path = [pinned(5), alignment.couplings[one], alignment.couplings[two], pinned(3)]
-    for layer, (reads, makes) in zip(("0", "2", "4"), zip(path, path[1:], strict=False), strict=True):
+    for layer, (reads, makes) in zip(("0", "2", "4"), pairwise(path), strict=True):
         weight = dense([s[f"{layer}.weight"] for s in states], makes.merge, reads.unmerge)
         bias = dense([s[f"{layer}.bias"] for s in states], makes.merge, None)
         torch.testing.assert_close(found[f"{layer}.weight"], weight, rtol=1e-12, atol=1e-12)
@@ -493,7 +493,7 @@ def test_a_convolutional_network_is_fused_by_the_formula():
     models = [make(0), make(1)]
     models[1][1].num_batches_tracked += 4
     classes = [fxmerge.infer_classes(m, torch.zeros(2, 3, 8, 8, dtype=torch.float64)) for m in models]
-    alignment = random_alignment(classes[0], {}, {})
+    alignment = random_alignment(classes[0])
     states = [detached(m) for m in models]
     found = fuse(classes, alignment, states, (0.3, 0.7))
     one, two = (alignment.couplings[k] for k, c in enumerate(classes[0]) if c.free)
@@ -501,10 +501,10 @@ def test_a_convolutional_network_is_fused_by_the_formula():
     for name in ("0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
         expected = dense([s[name] for s in states], one.merge, None)
         torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-12)
-    both = {n: [s[n] for s in states] for n in states[0]}
-    torch.testing.assert_close(found["0.weight"], dense(both["0.weight"], one.merge, pinned(3).unmerge), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found["5.weight"], dense(both["5.weight"], two.merge, flat), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found["7.weight"], dense(both["7.weight"], pinned(2).merge, two.unmerge), rtol=1e-12, atol=1e-12)
+    layers = {"0": (one.merge, pinned(3).unmerge), "5": (two.merge, flat), "7": (pinned(2).merge, two.unmerge)}
+    for layer, (merge, unmerge) in layers.items():
+        expected = dense([s[f"{layer}.weight"] for s in states], merge, unmerge)
+        torch.testing.assert_close(found[f"{layer}.weight"], expected, rtol=1e-12, atol=1e-12)
     assert found["1.num_batches_tracked"] == states[0]["1.num_batches_tracked"]
     assert list(found) == list(states[0])
 
@@ -514,7 +514,7 @@ def test_a_tied_tensor_stays_one():
     a, x = double(case)
     b = randomise(double(case)[0], seed=1)
     classes = [fxmerge.infer_classes(m, x) for m in (a, b)]
-    found = fuse(classes, random_alignment(classes[0], {}, {}), [detached(a), detached(b)], (0.3, 0.7))
+    found = fuse(classes, random_alignment(classes[0]), [detached(a), detached(b)], (0.3, 0.7))
     assert found["embed.weight"] is found["out.weight"]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxmerge.coupling import from_permutations
+from fxmerge.descent import Descent, parameters
 from fxmerge.interfaces import AbstractMatcher, Problem
 from fxmerge.ir import Alignment
 from fxmerge.linalg import correlation
@@ -41,15 +42,15 @@ class ActivationMatching(AbstractMatcher):
                         alike[k][b, a] = alike[k][a, b].T
         found = [[torch.arange(c.size) for c in first] for _ in range(parents)]
         groups = families(first)
+        # what no activation shows (inside an opaque module, say) is matched on the weights around it
+        hidden = [f for f in groups if any(first[k].sites and k not in alike for k in f)]
 
         def align(b: int, others: dict[int, float]) -> bool:
             changed = False
             for family in groups:
-                score = {
-                    k: sum(w * alike[k][a, b][found[a][k]] for a, w in others.items()) for k in family if k in alike
-                }
-                if not score:
+                if family in hidden:
                     continue
+                score = {k: sum(w * alike[k][a, b][found[a][k]] for a, w in others.items()) for k in family if k in alike}
                 best = match_family(first, family, score)  # type: ignore[arg-type]
                 for k, p in best.items():
                     changed |= not torch.equal(p, found[b][k])
@@ -63,13 +64,20 @@ class ActivationMatching(AbstractMatcher):
                 moved = [align(b, {a: w for a, w in enumerate(problem.weights) if a != b}) for b in range(1, parents)]
                 if not any(moved):
                     break
+        if hidden:
+            weights = [parameters(s, first) for s in problem.states]
+            for b in range(1, parents):
+                descent = Descent(first, weights[0], weights[b], problem.seed, found[b], hidden)
+                descent.grow(reverse=False)
+                descent.run(sweeps=50)
+                found[b] = descent.found
         quality = {}
         for k, pairs in alike.items():
             n = torch.arange(first[k].size)
             values = [float(pairs[0, b][n, found[b][k]].mean()) for b in range(1, parents)]
             quality[k] = sum(values) / len(values)
-        unseen = [c.name for k, c in enumerate(first) if c.free and c.sites and k not in alike]
-        notes = (f"not seen in any activation, left in place: {', '.join(unseen)}",) if unseen else ()
+        names = ", ".join(first[k].name for f in hidden for k in f if first[k].sites)
+        notes = (f"matched on weights, since no activation shows them: {names}",) if hidden else ()
         return from_permutations(first, found, problem.weights, str(self), quality, notes)
 
 

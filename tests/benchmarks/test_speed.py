@@ -1,6 +1,7 @@
 """Timings to look at, not to assert: ``pytest tests/benchmarks``. Compare the rows of one group, from one run."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from fxmerge.matchers import WeightMatching
 from fxmerge.stats import choose_taps, collect
 from fxmerge.trace import trace
 
+torch.set_num_threads(os.cpu_count() or 1)  # the tests beside this folder run on one
 IMAGES = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,0 +1,205 @@
+"""Coordinate descent over permutations: the engine of weight matching.
+
+All classes but one fixed, the inner product <A, P(B)> of all parameters is linear in that class's permutation, so the
+best one is an assignment (Ainsworth et al., arXiv 2209.04836, algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fxmerge.ir import AxisClasses, Site
+from fxmerge.matching import Joint, families, match_family
+from fxmerge.symmetry import apply
+
+
+def parameters(state: Mapping[str, Tensor], classes: AxisClasses) -> dict[str, Tensor]:
+    """What is compared: trained tensors with neurons, not running statistics."""
+    trained = {n for n, _ in classes.traced.source.named_parameters(remove_duplicate=False)}
+    kept = {n: state[n] for n in classes.by_tensor() if n in trained}
+    return {n: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for n, v in kept.items()}
+
+
+def arrange(classes: AxisClasses, permutation: Sequence[Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """B's tensors with the neurons that stand in for A's in A's places."""
+    inverse = [torch.argsort(p) for p in permutation]
+    return apply(_Part(classes, state), inverse, state)  # type: ignore[arg-type]
+
+
+class _Part:
+    """The classes, seen on some tensors only."""
+
+    def __init__(self, classes: AxisClasses, state: Mapping[str, Tensor]) -> None:
+        self._tensors = {n: e for n, e in classes.by_tensor().items() if n in state}
+        self.aliases: dict[str, tuple[str, ...]] = {}
+
+    def by_tensor(self) -> dict[str, list[tuple[Site, int, Tensor]]]:
+        return self._tensors
+
+
+class Descent:
+    """Coordinate descent over families of classes, from a start."""
+
+    def __init__(
+        self,
+        classes: AxisClasses,
+        target: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+        seed: int,
+        start: Sequence[Tensor] | None = None,
+        only: Sequence[tuple[int, ...]] | None = None,
+    ) -> None:
+        self.classes, self.target, self.state = classes, target, state
+        self.families = families(classes) if only is None else list(only)
+        self.entries = {n: e for n, e in classes.by_tensor().items() if n in target}
+        self.found = [torch.arange(c.size) for c in classes] if start is None else list(start)
+        self.now = arrange(classes, self.found, state)
+        self.rng = torch.Generator().manual_seed(seed)
+        self.tensors = [
+            sorted({n for n, es in self.entries.items() for _, k, _ in es if k in family}) for family in self.families
+        ]
+
+        # single classes that meet every tensor on one axis only: there the assignment's gain is the objective's
+        self.linear = {
+            f
+            for f, family in enumerate(self.families)
+            if len(family) == 1
+            and all(sum(k == family[0] for _, k, _ in self.entries[n]) == 1 for n in self.tensors[f])
+        }
+
+    def objective(self) -> float:
+        return sum(dot(self.target[n], self.now[n]) for n in self.entries)
+
+    def grow(self, reverse: bool) -> None:
+        """A start from the pinned ends inwards: each family matched on what is already settled."""
+        settled = set(range(len(self.classes))) - {k for family in self.families for k in family}
+        order = list(range(len(self.families)))
+        waiting = order[::-1] if reverse else order
+        while waiting:
+            stuck = []
+            for f in waiting:
+                scores, joints = self.scores(self.families[f], settled)
+                if scores or joints:
+                    self.place(f, match_family(self.classes, self.families[f], scores, joints))
+                    settled |= set(self.families[f])
+                else:
+                    stuck.append(f)
+            if len(stuck) == len(waiting):
+                break
+            waiting = stuck
+
+    def run(self, sweeps: int) -> bool:
+        """Sweeps until nothing changes; whether anything did."""
+        stale = set(range(len(self.families)))
+        everything = set(range(len(self.classes)))
+        changed = False
+        for _ in range(sweeps):
+            order = [f for f in torch.randperm(len(self.families), generator=self.rng).tolist() if f in stale]
+            if not order:
+                break
+            for f in order:
+                stale.discard(f)
+                family = self.families[f]
+                scores, joints = self.scores(family, everything)
+                new = match_family(self.classes, family, scores, joints)
+                if all(torch.equal(new[k], torch.arange(len(new[k]))) for k in family):
+                    continue
+                if f in self.linear:  # the score says it all
+                    here = torch.arange(len(new[family[0]]))
+                    score = scores[family[0]]
+                    old, gained = float(score.diagonal().sum()), float(score[here, new[family[0]]].sum())
+                    if gained <= old + 1e-6 * abs(old):  # rounding
+                        continue
+                    self.place(f, new)
+                else:
+                    before = {n: self.now[n] for n in self.tensors[f]}, [self.found[k] for k in family]
+                    old = self._value(f)
+                    self.place(f, new)
+                    if self._value(f) <= old + 1e-6 * abs(old):  # rounding, or a joint start that was worse
+                        self.now.update(before[0])
+                        for k, p in zip(family, before[1], strict=True):
+                            self.found[k] = p
+                        continue
+                changed = True
+                stale |= {g for g in range(len(self.families)) if g != f and set(self.tensors[g]) & set(self.tensors[f])}
+        return changed
+
+    def _value(self, f: int) -> float:
+        return sum(dot(self.target[n], self.now[n]) for n in self.tensors[f])
+
+    def place(self, f: int, step: Mapping[int, Tensor]) -> None:
+        """Applies a family's permutation on top of the current arrangement."""
+        moves = [torch.arange(c.size) for c in self.classes]
+        for k, p in step.items():
+            moves[k] = p
+            self.found[k] = self.found[k][p]
+        part = {n: self.now[n] for n in self.tensors[f]}
+        self.now.update(arrange(self.classes, moves, part))
+
+    def scores(self, family: Sequence[int], settled: set[int]) -> tuple[dict[int, Tensor], list[Joint]]:
+        """Per class [n, n]: inner products of A's rows with B's, as B is arranged now; only over settled neurons."""
+        scores: dict[int, Tensor] = {}
+        joints: list[Joint] = []
+        for name in sorted({n for n, es in self.entries.items() for _, k, _ in es if k in family}):
+            entries = self.entries[name]
+            a, b = self.target[name], self.now[name]
+            mine = set(family)
+            grouped = next((e for e in entries if e[0].groups > 1 and e[1] in mine), None)
+            if grouped is not None:
+                row = next((e for e in entries if e[0].axis == 0 and e[1] in mine), None)
+                g, inside = grouped[0].groups, a.shape[1]
+                if row is not None and row[1] != grouped[1] and inside > 1:
+                    shape = (g, a.shape[0] // g, inside, -1)
+                    left, right = (t.reshape(shape).double().cpu() for t in (a, b))
+                    if shape[1] > 1:
+                        joints.append(Joint(row[1], grouped[1], left, right))
+                    else:  # one row a group: the row is the group, and its entries are what there is to compare
+                        at = grouped[2][:, 0]
+                        score = left.reshape(g * inside, -1)[at] @ right.reshape(g * inside, -1)[at].T
+                        scores[grouped[1]] = scores[grouped[1]] + score if grouped[1] in scores else score
+                    continue
+            for site, k, index in entries:
+                if k not in mine or site.groups > 1:
+                    continue
+                score = self._score(a, b, entries, site, k, index, settled, mine)
+                if score is not None:
+                    scores[k] = scores[k] + score if k in scores else score
+        return scores, joints
+
+    def _score(
+        self,
+        a: Tensor,
+        b: Tensor,
+        entries: Sequence[tuple[Site, int, Tensor]],
+        site: Site,
+        k: int,
+        index: Tensor,
+        settled: set[int],
+        mine: set[int],
+    ) -> Tensor | None:
+        for other in dict.fromkeys(s for s, _, _ in entries if s != site and s.groups == 1):
+            loose = [i for s, c, i in entries if s == other and c not in settled and c not in mine]
+            if not loose and not any(c in mine and c not in settled for s, c, _ in entries if s == other):
+                continue
+            loose += [i for s, c, i in entries if s == other and c in mine and c not in settled]
+            mask = torch.ones(a.shape[other.axis], dtype=a.dtype, device=a.device)
+            mask[torch.cat([i.reshape(-1) for i in loose]).to(a.device)] = 0
+            if not bool(mask.any()):
+                return None
+            a = a * mask.reshape([-1 if d == other.axis else 1 for d in range(a.dim())])
+        return _rows(a, site.axis, index) @ _rows(b, site.axis, index).T
+
+
+def dot(x: Tensor, y: Tensor) -> float:
+    return float(torch.dot(x.reshape(-1), y.reshape(-1)))
+
+
+def _rows(value: Tensor, axis: int, index: Tensor) -> Tensor:
+    """[n, rest]: what belongs to each neuron of a class."""
+    n, flat = len(index), index.reshape(-1)
+    if len(flat) != value.shape[axis] or not torch.equal(flat, torch.arange(len(flat))):
+        value = value.index_select(axis, flat.to(value.device))
+    return value.movedim(axis, 0).reshape(n, -1)
