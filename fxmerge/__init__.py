@@ -1,5 +1,6 @@
 """fxmerge: a compiler from several trained networks to one."""
 
+from fxmerge.barrier import Barrier, evaluate_barrier
 from fxmerge.classes import infer_classes
 from fxmerge.errors import (
     FormatError,
@@ -17,6 +18,7 @@ from fxmerge.rules import rule
 from fxmerge.symmetry import permute, verify
 
 __all__ = [
+    "Barrier",
     "FormatError",
     "FxMergeError",
     "FxMergeWarning",
@@ -27,6 +29,7 @@ __all__ = [
     "UnknownOpError",
     "VerifyError",
     "align",
+    "evaluate_barrier",
     "infer_classes",
     "load",
     "merge",

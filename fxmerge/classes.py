@@ -100,7 +100,7 @@ def _edges(atoms: Any, root: Ints) -> tuple[Ints, Ints]:
 
 
 def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> bool:
-    """What can only move together becomes one neuron: blocks with the same members, a block and its one member of a kind."""
+    """What can only move together is one neuron: blocks with the same members, a block and its one member of a kind."""
     if not child.size:
         return False
     changed = False
@@ -128,7 +128,7 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
 
 
 def _nest(found: Interpretation, colour: Ints, child: Ints, block: Ints) -> bool:
-    """Blocks of two natures around the same neurons are related in turn: groups inside groups, products inside groups."""
+    """Blocks of two natures around the same neurons are related in turn: groups in groups, products in groups."""
     if not child.size:
         return False
     atoms = found.atoms
@@ -155,7 +155,13 @@ def _nest(found: Interpretation, colour: Ints, child: Ints, block: Ints) -> bool
 
 
 def _build(
-    found: Interpretation, root: Ints, colour: Ints, child: Ints, block: Ints, reasons: dict[int, str], slot_colour: Ints
+    found: Interpretation,
+    root: Ints,
+    colour: Ints,
+    child: Ints,
+    block: Ints,
+    reasons: dict[int, str],
+    slot_colour: Ints,
 ) -> AxisClasses:
     roots = np.unique(root)
     shades, kind, counts = np.unique(colour[roots], return_inverse=True, return_counts=True)
@@ -192,7 +198,8 @@ def _build(
         merged.append(who)
     sites = _sites(found, root, number, place, slot_colour, len(order))
     taps = _taps(found, root, number, place, [len(m) for m in merged])
-    classes, names = [], {}
+    classes: list[AxisClass] = []
+    names: dict[str, int] = {}
     for new, g in enumerate(order):
         kinds, reason = groups[g]
         who = merged[new]
@@ -200,7 +207,8 @@ def _build(
         if reason is None:
             for b in parents[kinds[0]]:
                 above.append(int(number[members[b][0]]))
-                columns.append(place[parents[kinds[0]][b][who]])
+                lookup: Any = parents[kinds[0]][b]
+                columns.append(place[lookup[who]])
         first = next(iter(sites[new]), None)  # in order of appearance
         name = str(first) if first is not None else "blocks"
         if name in names:
@@ -214,7 +222,9 @@ def _build(
                 size=len(who),
                 sites=sites[new],
                 parents=tuple(above),
-                blocks=torch.from_numpy(np.stack(columns, 1)) if columns else torch.zeros(len(who), 0, dtype=torch.int64),
+                blocks=torch.from_numpy(np.stack(columns, 1))
+                if columns
+                else torch.zeros(len(who), 0, dtype=torch.int64),
                 pinned=reason,
                 taps=tuple(taps[new]),
             )
@@ -228,7 +238,9 @@ def _build(
     )
 
 
-def _parents(members: list[Ints], kind_of: Ints, counts: Ints, child: Ints, block: Ints) -> list[dict[int, dict[int, int] | Any]]:
+def _parents(
+    members: list[Ints], kind_of: Ints, counts: Ints, child: Ints, block: Ints
+) -> list[dict[int, dict[int, int] | Any]]:
     """Per kind: parent kind -> (root of a member -> root of its block), without blocks that cannot move or are implied."""
     direct: list[dict[int, Any]] = [{} for _ in members]
     if child.size:
@@ -256,7 +268,13 @@ def _parents(members: list[Ints], kind_of: Ints, counts: Ints, child: Ints, bloc
 
 
 def _pinned(
-    members: list[Ints], kind_of: Ints, counts: Ints, child: Ints, block: Ints, reasons: dict[int, str], found: Interpretation
+    members: list[Ints],
+    kind_of: Ints,
+    counts: Ints,
+    child: Ints,
+    block: Ints,
+    reasons: dict[int, str],
+    found: Interpretation,
 ) -> dict[int, str]:
     """Kinds of a single neuron that others were told apart from, with the reason."""
     alone = np.zeros(len(kind_of), bool)
@@ -282,7 +300,9 @@ def _pinned(
     return pinned
 
 
-def _parents_first(groups: list[tuple[list[int], str | None]], members: list[Ints], parents: list[dict[int, Any]]) -> list[int]:
+def _parents_first(
+    groups: list[tuple[list[int], str | None]], members: list[Ints], parents: list[dict[int, Any]]
+) -> list[int]:
     group_of = {k: g for g, (kinds, _) in enumerate(groups) for k in kinds}
     done: dict[int, None] = {}
 
@@ -300,7 +320,9 @@ def _parents_first(groups: list[tuple[list[int], str | None]], members: list[Int
     return list(done)
 
 
-def _sites(found: Interpretation, root: Ints, number: Ints, place: Ints, slot_colour: Ints, count: int) -> list[dict[Site, torch.Tensor]]:
+def _sites(
+    found: Interpretation, root: Ints, number: Ints, place: Ints, slot_colour: Ints, count: int
+) -> list[dict[Site, torch.Tensor]]:
     """Per class: site -> [size, m] places, the m places of all neurons in matching order."""
     origin = found.atoms.origin(np.arange(len(root)))
     raw = np.flatnonzero(origin >= 0)
@@ -308,7 +330,9 @@ def _sites(found: Interpretation, root: Ints, number: Ints, place: Ints, slot_co
     cls, pos = number[root[raw]], place[root[raw]]
     # places of the same nature in all neurons stand in one column; columns by their first place
     _, shade = np.unique(slot_colour[raw], return_inverse=True)
-    _, nature = np.unique((cls * len(found.sites) + origin[raw]) * (shade.max(initial=0) + 1) + shade, return_inverse=True)
+    _, nature = np.unique(
+        (cls * len(found.sites) + origin[raw]) * (shade.max(initial=0) + 1) + shade, return_inverse=True
+    )
     first = np.full(nature.max(initial=-1) + 1, len(root))
     np.minimum.at(first, nature, index)
     order = np.lexsort((index, first[nature], pos, origin[raw], cls))

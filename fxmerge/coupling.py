@@ -40,7 +40,10 @@ def from_permutations(
 
 
 def fuse(
-    parents: Sequence[AxisClasses], alignment: Alignment, states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
+    parents: Sequence[AxisClasses],
+    alignment: Alignment,
+    states: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
 ) -> dict[str, Tensor]:
     """The fused network's parameters and buffers, under the first parent's names.
 
@@ -129,7 +132,12 @@ class _Maps:
 def _through(value: Tensor, site: Site, pieces: Sequence[tuple[Tensor, Tensor, Map]]) -> Tensor:
     """Every class on an axis through its own matrix; places of a neuron move together."""
     axis = site.axis
-    if len(pieces) == 1 and pieces[0][0].shape[1] == 1 and _in_order(pieces[0][0], value.shape[axis]) and _in_order(pieces[0][1], None):
+    if (
+        len(pieces) == 1
+        and pieces[0][0].shape[1] == 1
+        and _in_order(pieces[0][0], value.shape[axis])
+        and _in_order(pieces[0][1], None)
+    ):
         return pieces[0][2](value, axis)
     width = sum(goal.numel() for _, goal, _ in pieces)
     out = value.new_zeros([width if d == axis else s for d, s in enumerate(value.shape)])

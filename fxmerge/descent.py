@@ -124,7 +124,9 @@ class Descent:
                             self.found[k] = p
                         continue
                 changed = True
-                stale |= {g for g in range(len(self.families)) if g != f and set(self.tensors[g]) & set(self.tensors[f])}
+                stale |= {
+                    g for g in range(len(self.families)) if g != f and set(self.tensors[g]) & set(self.tensors[f])
+                }
         return changed
 
     def _value(self, f: int) -> float:
@@ -164,9 +166,9 @@ class Descent:
             for site, k, index in entries:
                 if k not in mine or site.groups > 1:
                     continue
-                score = self._score(a, b, entries, site, k, index, settled, mine)
-                if score is not None:
-                    scores[k] = scores[k] + score if k in scores else score
+                part = self._score(a, b, entries, site, k, index, settled, mine)
+                if part is not None:
+                    scores[k] = scores[k] + part if k in scores else part
         return scores, joints
 
     def _score(

@@ -392,7 +392,7 @@ def _describe_module(module: nn.Module, path: str, called: set[Any], inside: boo
         if inside:
             raise
     children = {
-        key: child and _describe_module(child, f"{path}.{key}".lstrip("."), called, inside)
+        key: None if child is None else _describe_module(child, f"{path}.{key}".lstrip("."), called, inside)
         for key, child in module._modules.items()
     }
     return spec | {"children": children}
@@ -515,7 +515,7 @@ def _fill(module: nn.Module, spec: Mapping[str, Any]) -> None:
     for key, child in spec.get("children", {}).items():
         if child is not None:
             vars(module).pop(key, None)  # a plain None or a function, where the constructor knew of no child
-        module.register_module(key, child and _build(child))
+        module.register_module(key, None if child is None else _build(child))
 
 
 def _install(root: nn.Module, records: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:

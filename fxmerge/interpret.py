@@ -71,7 +71,7 @@ class Call:
 
 
 def operation_name(function: Any) -> str:
-    """"add" for aten::add_.Tensor, "torchvision::roi_align" for operators of other namespaces."""
+    """ "add" for aten::add_.Tensor, "torchvision::roi_align" for operators of other namespaces."""
     namespace, name = function._schema.name.split("::")
     if function._schema.is_mutable and name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
@@ -195,9 +195,9 @@ class Interpretation(Context):
         with evaluating(traced.graph_module), _without_fast_paths(), enable_python_dispatcher(), _Watch(self):
             outputs = runner.run(*bind(traced.graph_module.graph, traced.args, traced.kwargs))
         for t in pytree.tree_leaves(outputs):
-            if isinstance(t, Tensor) and (label := self.label_of(t)) is not None:
+            if isinstance(t, Tensor) and (made := self.label_of(t)) is not None:
                 self.place = "output"
-                self.pin(label, "the network's output")
+                self.pin(made, "the network's output")
         self._labels.clear()
 
     def see(self, node: fx.Node, value: Any) -> None:
@@ -244,7 +244,9 @@ class Interpretation(Context):
             made = [self.unknown(t.shape) for t in outputs]
         made = [made] if isinstance(made, Label) else list(made)
         if name not in MOVEMENT:
-            said = combine([zlib.crc32(name.encode()), *(self._kind(x) for x in pytree.tree_leaves(list(arguments.values())))])
+            said = combine(
+                [zlib.crc32(name.encode()), *(self._kind(x) for x in pytree.tree_leaves(list(arguments.values())))]
+            )
             made = [replace(label, kind=combine([said, k])) for k, label in enumerate(made)]
         before = args[0] if function._schema.is_mutable and args else None
         for t, label in zip(outputs, made, strict=False):

@@ -189,7 +189,7 @@ class Coupling:
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """One coupling per class, in the order of ``AxisClasses``; ``quality[k]`` in [-1, 1] says how well class k matched."""
+    """One coupling per class, in the order of ``AxisClasses``; ``quality[k]`` in [-1, 1]: how well class k matched."""
 
     couplings: tuple[Coupling, ...]
     method: str
@@ -200,4 +200,6 @@ class Alignment:
 def concatenated_eye(size: int, weights: tuple[float, ...]) -> Coupling:
     """The coupling that keeps neuron i at place i and averages with ``weights``: what a pinned class always gets."""
     eye = torch.eye(size, dtype=torch.float64)
-    return Coupling(torch.cat([w * eye for w in weights], 1), torch.cat([eye] * len(weights), 0), (size,) * len(weights))
+    return Coupling(
+        torch.cat([w * eye for w in weights], 1), torch.cat([eye] * len(weights), 0), (size,) * len(weights)
+    )

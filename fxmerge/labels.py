@@ -8,7 +8,7 @@ feature map [N, C, H, W] costs C + N + H + W integers.
   has two; tokens mixed by a learned matrix have two. -1 means that no neuron stands there (zero padding).
 - ``fixed``: identities that never move, as 64-bit hashes: pixel and token positions, entries of constants.
 - ``kind``: one hash for the whole value: which computation made it. Entries of one kind with the same neurons at the
-  same place hold the same number; where values of different kinds come to stand in one tensor (cat), kinds become fixed.
+  same place hold the same number; where values of different kinds meet in one tensor (cat), kinds become fixed.
 
 Moving data moves labels by the very same operation. Everything else comes down to two verbs: ``align`` (entries that
 meet in a pointwise operation) and ``reduce`` (entries that are summed, averaged, normalised over). A contraction is
@@ -147,10 +147,12 @@ class Context:
         single = [int(t.flatten()[0]) for t in fixed if t.numel() == 1]
         kind = combine([label.kind, *single]) if single else label.kind
         neurons = tuple(map(run, label.neurons))
-        return replace(label, shape=tuple(shape), neurons=neurons, fixed=tuple(t for t in fixed if varying(t)), kind=kind)
+        return replace(
+            label, shape=tuple(shape), neurons=neurons, fixed=tuple(t for t in fixed if varying(t)), kind=kind
+        )
 
     def join(self, labels: Sequence[Label], function: Callable[[list[Tensor]], Tensor], shape: Sequence[int]) -> Label:
-        """Several values moved into one (cat, stack, an in-place write): label tensors are paired by what they vary in."""
+        """Several values moved into one (cat, stack, a write in place): label tensors pair up by what they vary in."""
 
         def paired(kind: str) -> tuple[Tensor, ...]:
             rows: list[list[Tensor | None]] = []
@@ -214,8 +216,18 @@ class Context:
             for t in map(lift, label.fixed):
                 fixed = self._tell_apart(fixed, t)
         why = next((x.why for x in labels if x.fixed and x.why != "position"), "position")
-        neurons = [t for t in neurons if not any(_overlap(t, p) and self._given(t, p, why) for p in fixed)]
+        neurons = [
+            t for t in neurons if not any(_overlap(t, p) and self._given(t, p, self._reason(labels, t)) for p in fixed)
+        ]
         return Label(shape, tuple(neurons), tuple(fixed), combine(x.kind for x in labels), learned, why)
+
+    @staticmethod
+    def _reason(labels: Sequence[Label], t: Tensor) -> str:
+        """Why neurons are told apart: the first label with a fixed identity along their dimensions says so."""
+        from_end = {t.dim() - d for d in varying(t)}
+        return next(
+            (x.why for x in labels if any(from_end & {p.dim() - d for d in varying(p)} for p in x.fixed)), "position"
+        )
 
     def _turns(self, t: Tensor) -> Tensor:
         """For neurons that a value holds in several places under different names: first, second, .. of each.
@@ -257,7 +269,7 @@ class Context:
         return self.atoms.find(t.numpy())
 
     def _relate(self, left: Tensor, right: Tensor) -> str:
-        """Relates two label tensors and says which of them determines the other: "left", "right" or "both" (neither)."""
+        """Relates two label tensors and says which determines the other: "left", "right" or "both" (neither)."""
         x, y = np.broadcast_arrays(self._roots(left), self._roots(right))
         x, y = x.ravel(), y.ravel()
         small = "left" if left.numel() <= right.numel() else "right"
@@ -331,7 +343,7 @@ class Context:
     # -- reducing ------------------------------------------------------------------------------------------------
 
     def reduce(self, label: Label, dims: Iterable[int], keepdim: bool = False) -> Label:
-        """A symmetric reduction (sum, mean, max, norm, ..) over ``dims``: what is reduced over must permute as one set."""
+        """A symmetric reduction (sum, mean, max, ..) over ``dims``: what is reduced over must permute as one set."""
         dims = tuple(sorted({d % label.ndim for d in dims}))
         gone = [d for d in dims if label.shape[d] > 1]
         neurons: list[Tensor] = []
@@ -399,7 +411,7 @@ class Context:
         """
         roots = self._roots(t)
         ids = np.unique(roots[roots >= 0])
-        self.atoms.tag(ids, np.int64(self.atoms.mark()))  # members of the set differ from non-members
+        self.atoms.tag(ids, np.full(len(ids), self.atoms.mark()))  # members of the set differ from non-members
         sums = mix(roots).sum(axis=tuple(d for d in gone if t.shape[d] > 1), keepdims=True)
         none = torch.full((1,) * t.dim(), -1)
         if (sums == sums.flat[0]).all():
@@ -424,7 +436,9 @@ class Context:
     def ordered(self, label: Label, dims: Iterable[int]) -> Label:
         """An operation that depends on the order along ``dims`` (cumsum, sort, ..): nothing may move there."""
         dims = [d % label.ndim for d in dims]
-        places = Label(label.shape, fixed=self.positions(label.shape, dims), why="the order along an axis matters")
+        places = Label(
+            label.shape, fixed=self.positions(label.shape, dims), learned=True, why="the order along an axis matters"
+        )
         return self.align(label, places, shape=label.shape)
 
     def windows(self, label: Label, dims: Sequence[int], sizes: Sequence[int]) -> Label:

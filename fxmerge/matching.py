@@ -166,8 +166,16 @@ class _Solver:
         return float(total[torch.arange(len(left)), p].sum())
 
     def _score(self, k: int, left: Tensor, right: Tensor, allowed: Tensor) -> Tensor:
-        own = self.scores[k][left][:, right] if k in self.scores else torch.zeros(len(left), len(right), dtype=torch.float64)
-        return own.masked_fill(~allowed, -1e12 * max(1.0, float(own.abs().max()))) if not bool(allowed.all()) else own.clone()
+        own = (
+            self.scores[k][left][:, right]
+            if k in self.scores
+            else torch.zeros(len(left), len(right), dtype=torch.float64)
+        )
+        return (
+            own.masked_fill(~allowed, -1e12 * max(1.0, float(own.abs().max())))
+            if not bool(allowed.all())
+            else own.clone()
+        )
 
     def _allowed(self, c: int, a: Tensor, b: Tensor, parent: int | None) -> Tensor | None:
         """[len(a), len(b)]: pairs whose other blocks correspond; None where that is not known yet."""
@@ -186,7 +194,10 @@ class _Solver:
     ) -> float:
         """Out and in of one group, in turn: each given the other, from what other weights say of them."""
         (ao, bo), (ac, bc) = below[joint.outer], below[joint.inner]
-        group = [int(self.classes[joint.outer].blocks[m[0], self.classes[joint.outer].parents.index(parent)]) for m in (ao, bo)]
+        group = [
+            int(self.classes[joint.outer].blocks[m[0], self.classes[joint.outer].parents.index(parent)])
+            for m in (ao, bo)
+        ]
         x, y = joint.left[group[0]], joint.right[group[1]]
         so, sc = self._score(joint.outer, ao, bo, out_mask), self._score(joint.inner, ac, bc, in_mask)
         best: tuple[float, Tensor, Tensor] | None = None

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 
 from fxmerge import export
 from fxmerge.classes import infer_classes
+from fxmerge.correspond import require_same_structure
 from fxmerge.coupling import fuse
-from fxmerge.errors import FxMergeWarning, InputError, StructureError, VerifyError
+from fxmerge.errors import FxMergeWarning, InputError, VerifyError
 from fxmerge.interfaces import AbstractMatcher, AbstractRepair, Context, Problem
 from fxmerge.ir import Alignment, AxisClasses, Traced
 from fxmerge.matchers import ActivationMatching, WeightMatching
@@ -26,9 +27,10 @@ from fxmerge.repair import Rescale, ResetBatchNorm
 from fxmerge.repair.batchnorm import batchnorms
 from fxmerge.report import Report
 from fxmerge.rewrite import rewrite
-from fxmerge.running import as_call, call, evaluating, preserved, to_device
+from fxmerge.running import as_call, call, evaluating, fitting, preserved, to_device
 from fxmerge.stats import choose_taps, collect, listen
-from fxmerge.symmetry import Verification, full_state, load_state, verify as verify_symmetry
+from fxmerge.symmetry import Verification, full_state, load_state
+from fxmerge.symmetry import verify as verify_symmetry
 from fxmerge.trace import trace
 
 InputFn = Callable[[Any], Any]
@@ -108,7 +110,9 @@ def merge(
         >>> result.module(x)
     """
     clock = _Clock()
-    plan = _plan(models, example_inputs, data, matcher, weights, input_fn, verify, strict, device, seed, progress, clock, repair)
+    plan = _plan(
+        models, example_inputs, data, matcher, weights, input_fn, verify, strict, device, seed, progress, clock, repair
+    )
     with preserved(*models), clock("fuse"):
         state = fuse(plan.classes, plan.alignment, plan.problem.states, plan.problem.weights)
         module = rewrite(plan.classes[0].traced, state).to(plan.device)
@@ -125,6 +129,9 @@ def merge(
             said = chosen.repair(module, context)
         elif repair == "auto":
             said = "none (pass data=loader to re-estimate statistics)" if plan.batches is None else "none needed"
+        for name, value in full_state(module).items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise InputError(f"'{name}' holds NaN or inf after the repair: check the data for such values")
         after = _variances(module, plan) if said != "none" else before
     variance = {n: (before[n], after[n]) for n in before}
     module.to(plan.home)
@@ -162,7 +169,21 @@ def align(
     Arguments are those of ``merge``.
     """
     clock = _Clock()
-    plan = _plan((to, model), example_inputs, data, matcher, (0.0, 1.0), input_fn, verify, False, device, seed, progress, clock, None)
+    plan = _plan(
+        (to, model),
+        example_inputs,
+        data,
+        matcher,
+        (0.0, 1.0),
+        input_fn,
+        verify,
+        False,
+        device,
+        seed,
+        progress,
+        clock,
+        None,
+    )
     moved = copy.deepcopy(model)
     load_state(moved, fuse(plan.classes, plan.alignment, plan.problem.states, (0.0, 1.0)))
     return moved
@@ -211,15 +232,23 @@ def _plan(
 ) -> _Plan:
     """Everything up to and including the alignment; every complaint about the input comes from here, first."""
     shares = _weights(models, weights)
+    if not (matcher is None or isinstance(matcher, AbstractMatcher)):
+        raise InputError(f"matcher={matcher!r}: give an object, such as WeightMatching() or ActivationMatching()")
+    if not (repair is None or repair == "auto" or isinstance(repair, AbstractRepair)):
+        raise InputError(f"repair={repair!r}: give 'auto', None or an object, such as ResetBatchNorm() or Rescale()")
     matcher = matcher or (WeightMatching() if data is None else ActivationMatching())
     if matcher.needs_data and data is None:
-        raise InputError(f"{matcher} looks at activations: pass data=loader (unlabelled batches), or use WeightMatching()")
+        raise InputError(
+            f"{matcher} looks at activations: pass data=loader (unlabelled batches), or use WeightMatching()"
+        )
     if isinstance(repair, AbstractRepair) and data is None:
         raise InputError(f"{repair} needs data: pass data=loader, or repair=None")
     home = next(models[0].parameters(), torch.zeros(())).device
     work = _device(device, home)
     with preserved(*models):
-        parents = [m if next(m.parameters(), torch.zeros(())).device == work else copy.deepcopy(m).to(work) for m in models]
+        parents = [
+            m if next(m.parameters(), torch.zeros(())).device == work else copy.deepcopy(m).to(work) for m in models
+        ]
         with clock("trace"):
             traced = [trace(parents[0], example_inputs)]
             given = traced[0].kwargs or traced[0].args
@@ -230,10 +259,13 @@ def _plan(
             _try_batch(batches, feed, traced)
         with clock("classes"):
             classes = [infer_classes(t, strict=strict) for t in traced]
-        notes = tuple(f"no rule for operation '{op}' at node '{node}': what it touches is pinned" for node, op in classes[0].unknown)
+        notes = tuple(
+            f"no rule for operation '{op}' at node '{node}': what it touches is pinned"
+            for node, op in classes[0].unknown
+        )
         for note in notes:
             warnings.warn(note, FxMergeWarning, stacklevel=4)
-        _correspond(classes)
+        require_same_structure(classes)
         verifications: list[Verification] = []
         if verify:
             with clock("verify"):
@@ -270,7 +302,10 @@ def _weights(models: Sequence[nn.Module], weights: Sequence[float] | None) -> tu
 
 def _device(device: torch.device | str, home: torch.device) -> torch.device:
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.zeros(0, device=device).device
+        except Exception as error:
+            raise InputError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
 
 
@@ -308,48 +343,11 @@ def _try_batch(batches: Iterable[Any], feed: Callable[[Any], Any], traced: Seque
     first = next(iter(batches), None)
     if first is None:
         raise InputError("the data is empty: no batch came out of it. Pass a loader with at least one batch")
-    try:
+    with fitting(0):
         args, kwargs = feed(first)
         for t in traced:
             with evaluating(t.graph_module):
                 call(t.graph_module, args, kwargs)
-    except Exception as error:
-        raise InputError(
-            f"a batch of the data does not fit the network: {str(error).splitlines()[0]}. "
-            "Batches are tensors, or tuples that start with the inputs; anything else needs input_fn(batch)"
-        ) from error
-
-
-def _correspond(classes: Sequence[AxisClasses]) -> None:
-    """The parents must have the same classes at the same sites with the same widths."""
-    first = classes[0]
-    for number, other in enumerate(classes[1:], 2):
-        ours, theirs = set(first.by_tensor()), set(other.by_tensor())
-        if ours != theirs:
-            odd = sorted(ours ^ theirs)[0]
-            where = "first" if odd in ours else f"{_nth(number)}"
-            raise StructureError(
-                f"the parents differ in structure: '{odd}' is only in the {where} network. Networks of different depth "
-                "or layers cannot be merged; check that both are of the same architecture"
-            )
-        for c in first:
-            same = next((d for d in other if d.name == c.name and d.sites.keys() == c.sites.keys()), None)
-            if same is not None and same.size != c.size:
-                head = c.pinned is not None
-                raise StructureError(
-                    f"the parents differ in {'the number of outputs or inputs' if head else 'width'} at '{c.name}': "
-                    f"{c.size} against {same.size} neurons. "
-                    + ("Networks with different heads cannot be averaged" if head else "Permutations need equal widths")
-                )
-        if len(first) != len(other) or any(a.sites.keys() != b.sites.keys() for a, b in zip(first, other, strict=True)):
-            raise StructureError(
-                f"the parents differ in structure: {len(first)} classes of neurons in the first network, {len(other)} in "
-                f"the {_nth(number)}, or at other places. Check that both are of the same architecture"
-            )
-
-
-def _nth(k: int) -> str:
-    return {2: "second", 3: "third"}.get(k, f"{k}th")
 
 
 def _verified(classes: list[AxisClasses], seed: int) -> tuple[list[AxisClasses], list[Verification]]:

@@ -1,6 +1,6 @@
 """From a plan to a network: a fresh graph module with merged parameters.
 
-    A.graph, {A, B, ..}.parameters, couplings  -->  the same graph over parameters of the fused widths
+A.graph, {A, B, ..}.parameters, couplings  -->  the same graph over parameters of the fused widths
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from fxmerge.errors import InputError, told
+from fxmerge.errors import FxMergeError, InputError, told
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
 
@@ -196,3 +196,17 @@ def _refill(live: Any, content: Any) -> None:
     if not same:
         live.clear()
         (live.extend if isinstance(live, list) else live.update)(content)
+
+
+@contextmanager
+def fitting(number: int) -> Iterator[None]:
+    """Whatever goes wrong while batch ``number`` (from 0) runs is an error about the data."""
+    try:
+        yield
+    except FxMergeError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"batch {number} of the data does not fit the network: {told(error)}. Batches are tensors, or tuples that "
+            "start with the inputs; anything else needs input_fn(batch)"
+        ) from error

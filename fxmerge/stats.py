@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fxmerge.errors import InputError
 from fxmerge.ir import AxisClasses, Tap
-from fxmerge.running import bind, evaluating
+from fxmerge.running import bind, evaluating, fitting
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,9 @@ class Statistics:
 
     def __add__(self, other: Statistics) -> Statistics:
         if self.moments.keys() != other.moments.keys():
-            raise InputError("these statistics belong to different networks; collect both with the same parents and taps")
+            raise InputError(
+                "these statistics belong to different networks; collect both with the same parents and taps"
+            )
         joined = {k: tuple(a + b for a, b in zip(m, other.moments[k], strict=True)) for k, m in self.moments.items()}
         return Statistics(joined, self.samples + other.samples)
 
@@ -120,7 +122,8 @@ class _Listener(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, nodes: set[str]) -> None:
         super().__init__(module)
-        self.nodes, self.heard = nodes, {}
+        self.nodes = nodes
+        self.heard: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -129,7 +132,9 @@ class _Listener(fx.Interpreter):
         return value
 
 
-def listen(module: fx.GraphModule, nodes: set[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+def listen(
+    module: fx.GraphModule, nodes: set[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """One forward pass; the outputs of the named nodes, copied where a later in-place operation would change them."""
     inplace = _overwritten(module, nodes)
     listener = _Listener(module, nodes)
@@ -155,7 +160,11 @@ def _overwritten(module: fx.GraphModule, nodes: set[str]) -> set[str]:
             for user in n.users:
                 target = module.get_submodule(user.target) if user.op == "call_module" else user.target
                 name = getattr(target, "__name__", str(target))
-                if getattr(target, "inplace", False) or user.kwargs.get("inplace") or (name.endswith("_") and not name.endswith("__")):
+                if (
+                    getattr(target, "inplace", False)
+                    or user.kwargs.get("inplace")
+                    or (name.endswith("_") and not name.endswith("__"))
+                ):
                     found.add(n.name)
                 if name.startswith("i") and getattr(target, "__module__", "") == "_operator":
                     found.add(n.name)
@@ -207,9 +216,10 @@ def collect(
     samples = 0
     masked: set[tuple[int, int]] = set()
     with evaluating(*graphs):
-        for batch in tqdm(batches, desc="statistics", disable=not progress, leave=False):
-            args, kwargs = feed(batch)
-            heard = [listen(g, n, args, kwargs) for g, n in zip(graphs, nodes, strict=True)]
+        for number, batch in enumerate(tqdm(batches, desc="statistics", disable=not progress, leave=False)):
+            with fitting(number):
+                args, kwargs = feed(batch)
+                heard = [listen(g, n, args, kwargs) for g, n in zip(graphs, nodes, strict=True)]
             size = _batch_size(args, kwargs)
             samples += size
             for k in sums:
@@ -234,7 +244,9 @@ def collect(
     for ms in stats.moments.values():
         for m in ms:
             if not bool(torch.isfinite(m.total).all()):
-                raise InputError("activations hold NaN or inf on this data; check the inputs' scale and the parents' weights")
+                raise InputError(
+                    "activations hold NaN or inf on this data; check the inputs' scale and the parents' weights"
+                )
     return _all_reduce(stats)
 
 
@@ -260,7 +272,9 @@ def _all_reduce(stats: Statistics) -> Statistics:
     for k, ms in stats.moments.items():
         out = []
         for m in ms:
-            zero = Moments(m.count, torch.zeros_like(m.shift), torch.zeros_like(m.total), torch.zeros_like(m.gram), m.widths)
+            zero = Moments(
+                m.count, torch.zeros_like(m.shift), torch.zeros_like(m.total), torch.zeros_like(m.gram), m.widths
+            )
             m = Moments(0, zero.shift, zero.total, zero.gram, m.widths) + m  # a shift that all ranks share
             count = torch.tensor(float(m.count), dtype=torch.float64, device=m.total.device)
             for t in (count, m.total, m.gram):

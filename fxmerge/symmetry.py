@@ -136,7 +136,12 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def verify(
-    module: nn.Module, classes: AxisClasses, seed: int = 0, *, tolerance: float = 1e-9, only: Sequence[int] | None = None
+    module: nn.Module,
+    classes: AxisClasses,
+    seed: int = 0,
+    *,
+    tolerance: float = 1e-9,
+    only: Sequence[int] | None = None,
 ) -> Verification:
     """Draws a random element of the symmetry, applies it in float64, runs the network: the output must not move.
 
@@ -161,7 +166,7 @@ def verify(
 
 
 def relative_error(expected: object, got: object) -> float:
-    """Largest difference over the largest entry, over all tensors of two nested outputs; inf where they do not match."""
+    """Largest difference over the largest entry, over all tensors of two nested outputs; inf where shapes differ."""
     a = [t for t in pytree.tree_leaves(expected) if isinstance(t, Tensor)]
     b = [t for t in pytree.tree_leaves(got) if isinstance(t, Tensor)]
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):

@@ -288,8 +288,13 @@ class _Draft:
         same_size = [v for v in range(1, start) if self.shape[v][1] == s and self.shape[v][0] + c <= 2 * self.widest]
         kinds = ["conv", "norm", "depthwise", "excite", "gate", "glu", "pad", "prelu", "shared", "double", "layer norm"]
         kinds += ["grouped", "shuffle", "group norm"] * bool(groups and c > 2)
-        kinds += ["add"] * bool(alike) + ["cat"] * bool(same_size) + ["partial", "roll"] * (c > 1)
-        kinds += ["pool"] * (s >= 4) + ["grow"] * (s <= 2) + ["unshuffle"] * (s >= 4 and c * 4 <= 2 * self.widest)
+        kinds += ["add"] * bool(alike) + ["cat"] * bool(same_size) + ["partial"] * (c > 1)
+        kinds += (
+            ["roll"] * (c > 1 and s >= 4)
+            + ["pool"] * (s >= 4)
+            + ["grow"] * (s <= 2)
+            + ["unshuffle"] * (s >= 4 and c * 4 <= 2 * self.widest)
+        )
         kinds += ["pixel shuffle"] * (c % 4 == 0 and s <= 2) + ["residual"] * (not nested)
         kind = self.pick(*kinds)
         if kind == "conv":

@@ -148,6 +148,11 @@ def describe(g: Permutation) -> str:
 # --------------------------------------------------------------------------------------------------------------
 
 
+def _smooth_prelu(x: Tensor, weight: Tensor) -> Tensor:
+    weight = weight.view([1, -1] + [1] * (x.dim() - 2)) if weight.numel() > 1 else weight
+    return F.softplus(x) - weight * F.softplus(-x)
+
+
 _SMOOTH = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu), F.softplus),
     **dict.fromkeys((F.relu6, F.hardtanh, F.hardtanh_), torch.tanh),
@@ -171,6 +176,8 @@ class _Smooth(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SMOOTH:
             return _SMOOTH[func](args[0])
+        if func is F.prelu:
+            return _smooth_prelu(*args)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         if func in (torch.max, Tensor.max) and len(args) == 2 and isinstance(args[1], int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Iterator
 
@@ -151,6 +152,7 @@ def test_masks_integers_and_tied_weights() -> None:
         for p, q in zip(middle.parameters(), b.parameters(), strict=True):
             p.lerp_(q, 0.5)
     assert found.loss[1] == pytest.approx(loss(middle(x), torch.ones(5, 3)).item(), rel=1e-5)
+    assert all(map(math.isfinite, found.loss))
     assert found.metric is None
 
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,7 +128,11 @@ class Everything(nn.Module):
         y = F.pad(y, [0, 1], value=math.nan).nan_to_num().contiguous(memory_format=torch.contiguous_format)
         y = y + torch.arange(3, device=torch.device("cpu"), dtype=torch.float32) * self.constant.sum() ** 2
         size = y.size(0) if flag else 0
-        return {"out": (y * self.scalar, [y.max(1).values, y.shape[0]]), "more": torch.cat([y, y], dim=-1), 3: size}
+        return {
+            "out": (y * self.scalar, [y.max(1).values, y.shape[0]]),
+            "more": [self.rows, self.flat, self.empty],
+            3: size,
+        }
 
 
 @pytest.mark.parametrize("mode", [False, True])
@@ -151,7 +156,7 @@ def layer(**options: Any) -> nn.Module:
     return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, **options)
 
 
-def renamed_convolution() -> nn.Module:
+def channels_last_convolution() -> nn.Module:
     net = nn.Conv2d(4, 8, 3, padding="same", padding_mode="reflect", groups=2, bias=False)
     net.weight.data = net.weight.data.contiguous(memory_format=torch.channels_last)
     return net
@@ -175,7 +180,8 @@ LEAVES: list[tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = [
     (lambda: nn.TransformerEncoder(layer(), 2, nn.LayerNorm(8), enable_nested_tensor=False), (TOKENS,)),
     (lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 2), (TOKENS, TOKENS)),
     (lambda: nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.GELU("tanh"))), (POINT,)),
-    (renamed_convolution, (IMAGE,)),
+    (lambda: nn.Sequential(nn.Sequential(), nn.Sequential(OrderedDict(named=nn.Tanh()))), (POINT,)),
+    (channels_last_convolution, (IMAGE,)),
     (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, dilation=2), (IMAGE,)),
     (lambda: nn.BatchNorm2d(4, affine=False, momentum=None), (IMAGE,)),
     (lambda: nn.BatchNorm2d(4, track_running_stats=False, eps=0.1), (IMAGE,)),
@@ -224,7 +230,8 @@ def test_attributes_changed_after_construction(tmp_path) -> None:
 class Head(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict({"fc": nn.Linear(2, 2, bias=False), "act": nn.ReLU()})
+        self.layers = nn.ModuleDict({"fc": nn.Linear(2, 2, bias=False), "act": nn.ReLU(), "none": nn.Sequential()})
+        self.register_module("shortcut", None)
         self.alpha = nn.ParameterList([torch.ones(1)])
         self.register_buffer("seen", torch.zeros(2), persistent=False)
 
@@ -574,11 +581,9 @@ def rename_input(document: dict[str, Any], text: str) -> None:
     node(document, "x")["target"] = text
 
 
-def rename_module(document: dict[str, Any], text: str) -> None:
-    children = document["modules"]["children"]
-    children[text] = children.pop("fc")
+def call_another(document: dict[str, Any], text: str) -> None:
+    document["modules"]["children"][text] = {"class": "torch.nn.modules.activation.ReLU"}
     node(document, "fc")["target"] = text
-    document["tensors"] = {k.replace("fc.", f"{text}."): v for k, v in document["tensors"].items()}
 
 
 INJECTIONS: list[Callable[[dict[str, Any]], Any]] = [
@@ -588,8 +593,8 @@ INJECTIONS: list[Callable[[dict[str, Any]], Any]] = [
     lambda d: rename_input(d, "lambda"),
     lambda d: node(d, "flatten")["kwargs"].update({f"start_dim={CODE}, end_dim": 1}),
     lambda d: node(d, "x").update(name=f"x = {CODE}"),
-    lambda d: node(d, "fc").update(target=f'fc", {CODE}) + getattr(self, "fc'),
-    lambda d: rename_module(d, f'fc"), {CODE}, getattr(self, "fc'),
+    lambda d: node(d, "fc").update(target=f'fc"), {CODE}, getattr(self, "fc'),
+    lambda d: call_another(d, f'fc"), {CODE}, getattr(self, "fc'),
     lambda d: d.update({"class": f"A:\n {CODE}\nclass B"}),
     lambda d: d["modules"]["children"]["fc"]["args"].update({"__class__": 3}),
     lambda d: d["modules"]["children"]["fc"]["attributes"].update({"forward": {"function": "torch.relu"}}),

@@ -196,8 +196,8 @@ def unrelated(request) -> Problem:
 
 
 def test_the_objective_never_falls_with_sweeps_and_restarts(unrelated):
-    by_sweeps = [objective(unrelated, WeightMatching(1, sweeps).match(unrelated)) for sweeps in (0, 1, 2, 3, 50)]
-    by_restarts = [objective(unrelated, WeightMatching(restarts).match(unrelated)) for restarts in (1, 2, 3, 6)]
+    by_sweeps = [objective(unrelated, WeightMatching(1, sweeps).match(unrelated)) for sweeps in (0, 1, 2, 50)]
+    by_restarts = [objective(unrelated, WeightMatching(restarts).match(unrelated)) for restarts in (1, 2, 4)]
     for values in (by_sweeps, by_restarts):
         assert all(b >= a - 1e-9 * abs(a) for a, b in pairwise(values)), values
     assert by_sweeps[-1] > objective(unrelated, Average().match(unrelated))

@@ -198,6 +198,13 @@ def test_a_network_may_be_merged_with_itself():
     same(merge(a, a).module, a, tolerance=1e-6)
 
 
+def test_settings_that_only_training_reads_may_differ():
+    a, b = net(0), net(1)
+    expected = merge(a, b).module
+    b.drop.p, b.norm.momentum = 0.5, 0.01
+    same(merge(a, b).module, expected)
+
+
 # Inputs and data --------------------------------------------------------------------------------------------
 
 

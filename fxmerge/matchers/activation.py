@@ -1,4 +1,4 @@
-"""Activation matching: neurons that respond alike (Git Re-Basin, arXiv 2209.04836, section 3.1; Li et al., 1511.07543)."""
+"""Activation matching: neurons that respond alike (Git Re-Basin, 2209.04836, section 3.1; Li et al., 1511.07543)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from torch import Tensor
 
 from fxmerge.coupling import from_permutations
 from fxmerge.descent import Descent, parameters
+from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractMatcher, Problem
 from fxmerge.ir import Alignment
 from fxmerge.linalg import correlation
 from fxmerge.matching import families, match_family
+from fxmerge.stats import Moments
 
 
 class ActivationMatching(AbstractMatcher):
@@ -26,6 +28,8 @@ class ActivationMatching(AbstractMatcher):
     needs_data = True
 
     def __init__(self, at: str = "read") -> None:
+        if at not in ("read", "made"):
+            raise InputError(f"ActivationMatching(at={at!r}): choose 'read' or 'made'")
         self.at = at
 
     def match(self, problem: Problem) -> Alignment:
@@ -50,7 +54,9 @@ class ActivationMatching(AbstractMatcher):
             for family in groups:
                 if family in hidden:
                     continue
-                score = {k: sum(w * alike[k][a, b][found[a][k]] for a, w in others.items()) for k in family if k in alike}
+                score = {
+                    k: sum(w * alike[k][a, b][found[a][k]] for a, w in others.items()) for k in family if k in alike
+                }
                 best = match_family(first, family, score)  # type: ignore[arg-type]
                 for k, p in best.items():
                     changed |= not torch.equal(p, found[b][k])
@@ -81,7 +87,7 @@ class ActivationMatching(AbstractMatcher):
         return from_permutations(first, found, problem.weights, str(self), quality, notes)
 
 
-def _correlation(moments, a: int, b: int) -> Tensor:
+def _correlation(moments: Moments, a: int, b: int) -> Tensor:
     covariance = moments.covariance
     var = covariance.diagonal().split(moments.widths)
     return correlation(moments.part(covariance, a, b), var[a], var[b])

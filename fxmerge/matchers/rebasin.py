@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from fxmerge.coupling import from_permutations
 from fxmerge.descent import Descent, arrange, dot, parameters
+from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractMatcher, Problem
 from fxmerge.ir import Alignment, AxisClasses
 
@@ -30,13 +31,19 @@ class WeightMatching(AbstractMatcher):
     """
 
     def __init__(self, restarts: int = 3, sweeps: int = 50) -> None:
+        if restarts < 1 or sweeps < 0:
+            raise InputError(
+                f"WeightMatching(restarts={restarts}, sweeps={sweeps}): at least one start, no fewer than 0 sweeps"
+            )
         self.restarts, self.sweeps = restarts, sweeps
 
     def match(self, problem: Problem) -> Alignment:
         first = problem.classes[0]
         states = [parameters(s, first) for s in problem.states]
         found = [[torch.arange(c.size) for c in first]]
-        bar = tqdm(total=(len(states) - 1) * self.restarts, desc="weight matching", disable=not problem.progress, leave=False)
+        bar = tqdm(
+            total=(len(states) - 1) * self.restarts, desc="weight matching", disable=not problem.progress, leave=False
+        )
         with bar:
             for state in states[1:]:
                 best, objective = None, -float("inf")
@@ -76,7 +83,9 @@ class WeightMatching(AbstractMatcher):
         return found
 
 
-def _quality(classes: AxisClasses, states: Sequence[Mapping[str, Tensor]], found: Sequence[Sequence[Tensor]]) -> dict[int, float]:
+def _quality(
+    classes: AxisClasses, states: Sequence[Mapping[str, Tensor]], found: Sequence[Sequence[Tensor]]
+) -> dict[int, float]:
     """Per class: cosine between A's and the others' rows after alignment, averaged."""
     moved = [arrange(classes, p, s) for p, s in zip(found[1:], states[1:], strict=True)]
     quality = {}

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractRepair, Context
+from fxmerge.running import fitting
 
 
 def batchnorms(module: nn.Module) -> list[_BatchNorm]:
@@ -17,14 +18,15 @@ def batchnorms(module: nn.Module) -> list[_BatchNorm]:
 
 
 class ResetBatchNorm(AbstractRepair):
-    """Sets every BatchNorm's mean and variance to the averages over the data, batch by batch (cumulative, no momentum)."""
+    """Sets every BatchNorm's mean and variance to their averages over the batches (cumulative, no momentum)."""
 
     def repair(self, module: fx.GraphModule, context: Context) -> str:
         layers = batchnorms(module)
         if not layers:
             return "no BatchNorm statistics to reset"
         modes = {m: m.training for m in module.modules()}
-        momenta = [(m, m.momentum, m.num_batches_tracked.clone()) for m in layers]
+        before = [(m, m.momentum, m.num_batches_tracked) for m in layers]
+        counts = [None if n is None else n.clone() for _, _, n in before]
         module.eval()
         count = 0
         try:
@@ -33,16 +35,19 @@ class ResetBatchNorm(AbstractRepair):
                 m.momentum = None
                 m.train()
             with torch.no_grad():
-                for batch in tqdm(context.batches, desc="BatchNorm statistics", disable=not context.progress, leave=False):
-                    args, kwargs = context.feed(batch)
-                    module(*args, **kwargs)
+                bar = tqdm(context.batches, desc="BatchNorm statistics", disable=not context.progress, leave=False)
+                for batch in bar:
+                    with fitting(count):
+                        args, kwargs = context.feed(batch)
+                        module(*args, **kwargs)
                     count += 1
         finally:
-            for m, momentum, tracked in momenta:
-                m.momentum = momentum
-                m.num_batches_tracked.copy_(tracked)
-            for m, training in modes.items():
-                m.training = training
+            for (layer, momentum, tracked), count_before in zip(before, counts, strict=True):
+                layer.momentum = momentum
+                if tracked is not None and count_before is not None:
+                    tracked.copy_(count_before)
+            for part, training in modes.items():
+                part.training = training
         if not count:
             raise InputError("the data is empty: no batch to re-estimate BatchNorm statistics on")
         return f"statistics of {len(layers)} BatchNorm layers re-estimated on {count} batches"

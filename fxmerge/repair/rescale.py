@@ -18,7 +18,7 @@ from fxmerge.coupling import fuse
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractRepair, Context
 from fxmerge.ir import AxisClasses, Tap
-from fxmerge.running import bind
+from fxmerge.running import bind, evaluating, fitting
 from fxmerge.stats import listen
 
 
@@ -49,7 +49,7 @@ class _Sums:
 
 
 def layers(classes: AxisClasses) -> dict[str, tuple[str, int]]:
-    """Node -> (module, axis): layers whose scale and shift can be set, those called once with a bias and free neurons."""
+    """Node -> (module, axis): layers whose scale and shift can be set: called once, with a bias and free neurons."""
     graph = classes.traced.graph_module
     calls: dict[str, int] = {}
     for node in graph.graph.nodes:
@@ -93,16 +93,16 @@ class Rescale(AbstractRepair):
             return "no layers to rescale"
         targets = self._targets(chosen, context)
         runner = _Normalised(module, chosen, targets)
-        training = module.training
-        module.eval()
         count = 0
-        with torch.no_grad():
+        with evaluating(module):
             for batch in tqdm(context.batches, desc="rescaling", disable=not context.progress, leave=False):
-                args, kwargs = context.feed(batch)
-                runner.run(*bind(module.graph, args, kwargs))
+                with fitting(count):
+                    args, kwargs = context.feed(batch)
+                    runner.run(*bind(module.graph, args, kwargs))
                 count += 1
-            if not count:
-                raise InputError("the data is empty: no batch to rescale layers on")
+        if not count:
+            raise InputError("the data is empty: no batch to rescale layers on")
+        with torch.no_grad():
             for node, (target, _) in chosen.items():
                 layer: Any = module.get_submodule(target)
                 scale, shift = runner.affine(node)
@@ -113,9 +113,9 @@ class Rescale(AbstractRepair):
                 else:
                     inner = rows.reshape(layer.groups, 1, -1).expand(-1, layer.weight.shape[0] // layer.groups, -1)
                     layer.weight.mul_(inner.reshape(*layer.weight.shape[:2], *[1] * (layer.weight.dim() - 2)))
-                layer.bias.copy_((scale.to(layer.bias) * layer.bias + shift.to(layer.bias)))
-        module.train(training)
-        return f"{len(chosen)} layers rescaled toward the {'parents' if self.toward == 'mean' else 'first parent'} on {count} batches"
+                layer.bias.copy_(scale.to(layer.bias) * layer.bias + shift.to(layer.bias))
+        whom = "parents" if self.toward == "mean" else "first parent"
+        return f"{len(chosen)} layers rescaled toward the {whom} on {count} batches"
 
     def _targets(self, chosen: dict[str, tuple[str, int]], context: Context) -> dict[str, tuple[Tensor, Tensor]]:
         """Per node: mean and standard deviation, carried to the fused neurons like a bias."""
@@ -124,9 +124,10 @@ class Rescale(AbstractRepair):
         for parent in parents:
             sums = {node: _Sums() for node in chosen}
             graph = parent.traced.graph_module
-            with torch.no_grad():
-                for batch in context.batches:
-                    args, kwargs = context.feed(batch)
+            with evaluating(graph):
+                for number, batch in enumerate(context.batches):
+                    with fitting(number):
+                        args, kwargs = context.feed(batch)
                     for node, value in listen(graph, set(chosen), args, kwargs).items():
                         sums[node].add(value, chosen[node][1])
             states.append({f"{chosen[n][0]}.bias": s.mean for n, s in sums.items()})
@@ -134,7 +135,12 @@ class Rescale(AbstractRepair):
         if self.toward == "first":
             merged = [states[0], {k[: -len("#sd")]: v for k, v in states[0].items() if k.endswith("#sd")}]
             return {n: (merged[0][f"{t}.bias"], merged[1][f"{t}.bias"]) for n, (t, _) in chosen.items()}
-        means = fuse(parents, context.alignment, [{k: v for k, v in s.items() if not k.endswith("#sd")} for s in states], context.weights)
+        means = fuse(
+            parents,
+            context.alignment,
+            [{k: v for k, v in s.items() if not k.endswith("#sd")} for s in states],
+            context.weights,
+        )
         spread = [{k[: -len("#sd")]: v for k, v in s.items() if k.endswith("#sd")} for s in states]
         sds = fuse(parents, context.alignment, spread, context.weights)
         return {n: (means[f"{t}.bias"], sds[f"{t}.bias"].abs()) for n, (t, _) in chosen.items()}
@@ -143,7 +149,9 @@ class Rescale(AbstractRepair):
 class _Normalised(fx.Interpreter):
     """Runs the fused graph as if every chosen layer were already repaired, with each batch's own statistics."""
 
-    def __init__(self, module: fx.GraphModule, chosen: dict[str, tuple[str, int]], targets: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, chosen: dict[str, tuple[str, int]], targets: dict[str, tuple[Tensor, Tensor]]
+    ) -> None:
         super().__init__(module)
         self.chosen, self.targets = chosen, targets
         self.sums = {node: _Sums() for node in chosen}
@@ -154,12 +162,16 @@ class _Normalised(fx.Interpreter):
             return value
         axis = self.chosen[n.name][1]
         self.sums[n.name].add(value, axis)
-        scale, shift = (t.to(value).reshape([-1 if d == axis else 1 for d in range(value.dim())]) for t in self.affine(n.name))
+        scale, shift = (
+            t.to(value).reshape([-1 if d == axis else 1 for d in range(value.dim())]) for t in self.affine(n.name)
+        )
         return value * scale + shift
 
     def affine(self, node: str) -> tuple[Tensor, Tensor]:
         """Scale and shift from what was seen so far; neurons that never vary keep their scale."""
         sums, (mean, sd) = self.sums[node], self.targets[node]
         own = sums.sd
-        scale = torch.where(own > 1e-6 * own.max().clamp_min(1e-30), sd.to(own) / own.clamp_min(1e-30), torch.ones_like(own))
+        scale = torch.where(
+            own > 1e-6 * own.max().clamp_min(1e-30), sd.to(own) / own.clamp_min(1e-30), torch.ones_like(own)
+        )
         return scale, mean.to(own) - scale * sums.mean

@@ -6,4 +6,17 @@ from fxmerge.rules.registry import RULES, Rule, rule
 MOVEMENT = frozenset(name for name, function in RULES.items() if function.__module__ == movement.__name__)
 """Operations that only move data: what comes out is what went in."""
 
-__all__ = ["MOVEMENT", "RULES", "Rule", "affine", "attention", "movement", "norm", "pointwise", "recurrent", "reduction", "rule", "spatial"]
+__all__ = [
+    "MOVEMENT",
+    "RULES",
+    "Rule",
+    "affine",
+    "attention",
+    "movement",
+    "norm",
+    "pointwise",
+    "recurrent",
+    "reduction",
+    "rule",
+    "spatial",
+]

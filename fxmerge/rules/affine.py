@@ -1,21 +1,22 @@
-"""Contractions with parameters: the contracted axis is tied to the weight's input axis, the output is its output axis."""
+"""Contractions with parameters: the contracted axis is the weight's input axis, the output its output axis."""
 
 import string
+from typing import Any
 
 from fxmerge.rules.registry import rule
 
 
-def _lead(count):
+def _lead(count: Any) -> Any:
     return [f"lead{k}" for k in range(count)]
 
 
-def _plus(ctx, out, *others):
+def _plus(ctx: Any, out: Any, *others: Any) -> Any:
     given = [ctx.lift(x) for x in others if x is not None]
     return ctx.align(out, *given, shape=out.shape) if given else out
 
 
 @rule("linear")
-def linear(ctx, call):
+def linear(ctx: Any, call: Any) -> Any:
     """y[.., o] = x[.., i] W[o, i] + b[o]."""
     x, w = ctx.lift(call["input"]), ctx.lift(call["weight"])
     lead = _lead(x.ndim - 1)
@@ -24,7 +25,7 @@ def linear(ctx, call):
     return _plus(ctx, y, call["bias"])
 
 
-def _matmul(ctx, x, y):
+def _matmul(ctx: Any, x: Any, y: Any) -> Any:
     left = ["m"] if x.ndim > 1 else []
     right = ["n"] if y.ndim > 1 else []
     depth = max(x.ndim, y.ndim, 2) - 2
@@ -35,7 +36,7 @@ def _matmul(ctx, x, y):
 
 
 @rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner")
-def matmul(ctx, call):
+def matmul(ctx: Any, call: Any) -> Any:
     """Batched matrix products; batch axes broadcast."""
     x, y = (ctx.lift(t) for t in call.tensors()[:2])
     if call.name == "inner":
@@ -44,7 +45,7 @@ def matmul(ctx, call):
 
 
 @rule("addmm", "addbmm_", "baddbmm", "addmv")
-def add_matmul(ctx, call):
+def add_matmul(ctx: Any, call: Any) -> Any:
     """A matrix product added to what is there."""
     base, x, y = (ctx.lift(t) for t in call.tensors()[:3])
     out = _matmul(ctx, x, y)
@@ -52,7 +53,7 @@ def add_matmul(ctx, call):
 
 
 @rule("einsum")
-def einsum(ctx, call):
+def einsum(ctx: Any, call: Any) -> Any:
     """Any sum of products; repeated letters in one operand and diagonals are left to the unknown."""
     equation, operands = call["equation"].replace(" ", ""), [ctx.lift(t) for t in call["tensors"]]
     left, _, right = equation.partition("->")
@@ -60,20 +61,24 @@ def einsum(ctx, call):
     if "->" not in equation:
         letters = left.replace(",", "").replace(".", "")
         right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    rank = max([o.ndim - len(t.replace("...", "")) for o, t in zip(operands, terms, strict=True) if "..." in t], default=0)
+    rank = max(
+        [o.ndim - len(t.replace("...", "")) for o, t in zip(operands, terms, strict=True) if "..." in t], default=0
+    )
 
-    def names(term, ndim=None):
+    def names(term: Any, ndim: Any = None) -> Any:
         head, dots, tail = term.partition("...")
         count = rank if ndim is None else ndim - len(head) - len(tail)
         return [*head, *(_lead(rank)[rank - count :] if dots else []), *tail]
 
-    if any(len(set(t)) < len(t) for t in (x.replace("...", "") for x in terms)) or not set(right) <= set(string.ascii_letters + "."):
+    if any(len(set(t)) < len(t) for t in (x.replace("...", "") for x in terms)) or not set(right) <= set(
+        string.ascii_letters + "."
+    ):
         return NotImplemented
     return ctx.contract([(o, names(t, o.ndim)) for o, t in zip(operands, terms, strict=True)], names(right))
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution")
-def convolution(ctx, call):
+def convolution(ctx: Any, call: Any) -> Any:
     """y[n, (g, o), s'] = sum over c, k of x[n, (g, c), window(s', k)] W[(g, o), c, k]."""
     if call.name == "convolution" and call["transposed"]:
         return transposed_convolution(ctx, call)
@@ -81,12 +86,12 @@ def convolution(ctx, call):
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def transposed_convolution(ctx, call):
+def transposed_convolution(ctx: Any, call: Any) -> Any:
     """As a convolution, with the weight stored [(g, c), o, k]."""
     return _convolve(ctx, call, transposed=True)
 
 
-def _convolve(ctx, call, transposed):
+def _convolve(ctx: Any, call: Any, transposed: Any) -> Any:
     x, w, g = ctx.lift(call["input"]), ctx.lift(call["weight"]), call["groups"]
     n = w.ndim - 2
     batch = x.ndim - n - 1
@@ -110,7 +115,7 @@ def _convolve(ctx, call, transposed):
 
 
 @rule("bilinear")
-def bilinear(ctx, call):
+def bilinear(ctx: Any, call: Any) -> Any:
     """y[.., o] = x1[.., i] W[o, i, j] x2[.., j] + b[o]."""
     a, b, w = (ctx.lift(call[k]) for k in ("input1", "input2", "weight"))
     lead = _lead(a.ndim - 1)
@@ -119,14 +124,16 @@ def bilinear(ctx, call):
 
 
 @rule("embedding")
-def embedding(ctx, call):
+def embedding(ctx: Any, call: Any) -> Any:
     """Rows are chosen by the input, so they stay; columns are neurons."""
     weight, indices = ctx.lift(call["weight"]), call["indices"]
     shape = call.shapes[0]
     if not hasattr(indices, "neurons"):
         where = indices.cpu()
         return ctx.move(weight, lambda t: t[where], shape)
-    rows = type(weight)(weight.shape, fixed=ctx.positions(weight.shape, [0]), why="rows are chosen by the input")
+    rows = type(weight)(
+        weight.shape, fixed=ctx.positions(weight.shape, [0]), learned=True, why="rows are chosen by the input"
+    )
     columns = ctx.reduce(ctx.align(weight, rows, shape=weight.shape), [0])
     lay = (1,) * (len(shape) - 1) + (shape[-1],)
     columns = ctx.move(columns, lambda t: t.reshape(lay), lay)

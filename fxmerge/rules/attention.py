@@ -1,5 +1,7 @@
 """Attention: query and key dimensions are tied inside a head, values ride with their keys, heads are batch."""
 
+from typing import Any
+
 import torch
 
 from fxmerge.rules.affine import _lead
@@ -7,7 +9,7 @@ from fxmerge.rules.registry import rule
 
 
 @rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu")
-def attention(ctx, call):
+def attention(ctx: Any, call: Any) -> Any:
     """softmax(q k' + mask) v; the leading axes (heads) are batch axes."""
     q, k, v = (ctx.lift(call[name]) for name in ("query", "key", "value"))
     mask = call.get("attn_mask")
@@ -23,6 +25,6 @@ def attention(ctx, call):
     return ctx.contract([(weights, [*lead, "l", "s"]), (v, [*lead, "s", "e"])], [*lead, "l", "e"])
 
 
-def _repeat_heads(ctx, x, times):
+def _repeat_heads(ctx: Any, x: Any, times: Any) -> Any:
     shape = (*x.shape[:-3], x.shape[-3] * times, *x.shape[-2:])
     return ctx.move(x, lambda t: torch.repeat_interleave(t, times, -3), shape)

@@ -1,5 +1,7 @@
 """Data movement: the operation itself runs on the label tensors, so there is nothing to get wrong."""
 
+from typing import Any
+
 import torch
 
 from fxmerge.rules.registry import rule
@@ -14,11 +16,13 @@ VIEWS = """
 
 
 @rule(*VIEWS)
-def moved(ctx, call):
+def moved(ctx: Any, call: Any) -> Any:
     """One tensor in, its entries elsewhere (or several times, or in pieces) out."""
     name = "self" if "self" in call.arguments else "input"
     x = call.arguments.get(name)
-    if not hasattr(x, "neurons") or any(hasattr(v, "neurons") for k, v in call.arguments.items() if k not in (name, "other")):
+    if not hasattr(x, "neurons") or any(
+        hasattr(v, "neurons") for k, v in call.arguments.items() if k not in (name, "other")
+    ):
         return NotImplemented
     if call.name == "as_strided":
         return NotImplemented
@@ -33,7 +37,7 @@ def moved(ctx, call):
         return ctx.move(x, lambda t: verb(t, wanted), wanted)
     if len(call.shapes) == 1:
 
-        def one(t):
+        def one(t: Any) -> Any:
             out = call.run({name: t})
             return out[0] if isinstance(out, (list, tuple)) else out
 
@@ -42,14 +46,14 @@ def moved(ctx, call):
 
 
 @rule("cat", "concat", "concatenate", "stack", "hstack", "vstack")
-def joined(ctx, call):
+def joined(ctx: Any, call: Any) -> Any:
     """Several tensors side by side."""
     parts = [ctx.lift(x) for x in call["tensors"]]
     if call.name in ("cat", "concat", "concatenate"):
         parts = [p for p in parts if p.shape != (0,)]  # torch skips the legacy empty tensor
         dim = call["dim"] % parts[0].ndim
 
-        def cat(tensors):
+        def cat(tensors: Any) -> Any:
             # what no part varies in stays narrow
             keep = [d == dim or any(_varies(t, d) for t in tensors) for d in range(len(parts[0].shape))]
             thin = [t[tuple(slice(None) if k else slice(0, 1) for k in keep)] for t in tensors]
@@ -59,12 +63,12 @@ def joined(ctx, call):
     return ctx.join(parts, lambda tensors: call.run({"tensors": tensors}), call.shapes[0])
 
 
-def _varies(t, d):
+def _varies(t: Any, d: Any) -> Any:
     return t.shape[d] > 1 and t.stride(d) != 0
 
 
 @rule("pad", "constant_pad_nd")
-def padded(ctx, call):
+def padded(ctx: Any, call: Any) -> Any:
     """Constant padding puts no neuron (-1) in the new places; other modes repeat what is there."""
     if call.get("mode", "constant") == "constant":
         value = {"value": -1.0 if call.name == "pad" else -1}
@@ -76,22 +80,29 @@ def padded(ctx, call):
     return _as_numbers(ctx, call, call["self"], "self")
 
 
-@rule("reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d")
-def mirrored(ctx, call):
+@rule(
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+)
+def mirrored(ctx: Any, call: Any) -> Any:
     """Padding by what is there already."""
     return _as_numbers(ctx, call, call["self"], "self")
 
 
 @rule("im2col")
-def patches(ctx, call):
+def patches(ctx: Any, call: Any) -> Any:
     """Sliding windows laid out as columns; zero padding puts no neuron in its places."""
     return _as_numbers(ctx, call, call["self"], "self")
 
 
-def _as_numbers(ctx, call, x, name):
+def _as_numbers(ctx: Any, call: Any, x: Any, name: Any) -> Any:
     """For operations that integers do not have: labels go through as small floats, 0 meaning no neuron."""
 
-    def run(t):
+    def run(t: Any) -> Any:
         values, ids = torch.unique(t, return_inverse=True)
         out = call.run({name: (ids + 1).double()}).long() - 1
         return torch.where(out >= 0, values[out.clamp_min(0)], -1)
@@ -100,7 +111,7 @@ def _as_numbers(ctx, call, x, name):
 
 
 @rule("index", "index_select", "gather", "take")
-def indexed(ctx, call):
+def indexed(ctx: Any, call: Any) -> Any:
     """By constants: movement. By data: entries are chosen as the input says, so nothing may move along those axes."""
     x = call["self"]
     index = call.get("indices", call.get("index"))
@@ -120,12 +131,18 @@ def indexed(ctx, call):
 
 
 @rule("meshgrid")
-def grid(ctx, call):
+def grid(ctx: Any, call: Any) -> Any:
     """Coordinates spread over a grid."""
     parts = [ctx.lift(x) for x in call["tensors"]]
     swap = call.get("indexing") == "xy"
     made = []
     for k, (part, shape) in enumerate(zip(parts, call.shapes, strict=True)):
         d = {0: 1, 1: 0}.get(k, k) if swap else k
-        made.append(ctx.move(part, lambda t, d=d, shape=shape: t.reshape([-1 if j == d else 1 for j in range(len(shape))]).expand(shape), shape))
+        made.append(
+            ctx.move(
+                part,
+                lambda t, d=d, shape=shape: t.reshape([-1 if j == d else 1 for j in range(len(shape))]).expand(shape),
+                shape,
+            )
+        )
     return made

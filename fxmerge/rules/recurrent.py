@@ -1,5 +1,7 @@
 """Recurrent layers: gates have fixed places, hidden units move together in every weight and in the state."""
 
+from typing import Any
+
 import torch
 
 from fxmerge.rules.registry import rule
@@ -8,7 +10,7 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 @rule(*GATES)
-def recurrent(ctx, call):
+def recurrent(ctx: Any, call: Any) -> Any:
     """Layers of h' = cell(W_ih x + b_ih, W_hh h + b_hh), gates stacked along axis 0 of every weight."""
     if "batch_sizes" in call.arguments:
         return NotImplemented  # packed sequences
@@ -39,7 +41,7 @@ def recurrent(ctx, call):
     return made
 
 
-def _layer(ctx, x, weights, gates, biased, start, time):
+def _layer(ctx: Any, x: Any, weights: Any, gates: Any, biased: Any, start: Any, time: Any) -> Any:
     """One direction of one layer: its output and its cell state, both along the hidden units."""
     w_ih, w_hh, *rest = weights
     biases = rest[:2] if biased else []
@@ -47,11 +49,11 @@ def _layer(ctx, x, weights, gates, biased, start, time):
     lead = [f"lead{k}" for k in range(x.ndim - 1)]
     units = w_ih.shape[0] // gates
 
-    def split(w):
+    def split(w: Any) -> Any:
         shape = (gates, units, *w.shape[1:])
         return ctx.move(w, lambda t: t.reshape(shape), shape)
 
-    def cell_of(total):
+    def cell_of(total: Any) -> Any:
         axis = total.ndim - 2
         return ctx.reduce(ctx.ordered(total, [axis]), [axis])
 
@@ -68,7 +70,7 @@ def _layer(ctx, x, weights, gates, biased, start, time):
     return out, cell
 
 
-def _meet(ctx, state, first, time):
+def _meet(ctx: Any, state: Any, first: Any, time: Any) -> Any:
     """The initial state [batch, units] meets the state at every step."""
     if not (first.neurons or first.fixed):
         return state

@@ -1,10 +1,34 @@
 """Symmetric reductions: what is reduced over must permute as one set."""
 
+from typing import Any
+
 from fxmerge.rules.registry import rule
 
 
-@rule("sum", "mean", "amax", "amin", "aminmax", "prod", "logsumexp", "linalg_vector_norm", "norm", "var", "std", "var_mean", "std_mean", "nansum", "nanmean", "all", "any", "frobenius_norm", "max", "min", "count_nonzero")
-def reduced(ctx, call):
+@rule(
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "aminmax",
+    "prod",
+    "logsumexp",
+    "linalg_vector_norm",
+    "norm",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "nansum",
+    "nanmean",
+    "all",
+    "any",
+    "frobenius_norm",
+    "max",
+    "min",
+    "count_nonzero",
+)
+def reduced(ctx: Any, call: Any) -> Any:
     """One value per remaining index."""
     operands = call.tensors()
     if call.name in ("max", "min") and len(operands) > 1:
@@ -25,7 +49,7 @@ def reduced(ctx, call):
 
 
 @rule("argmax", "argmin")
-def where_extreme(ctx, call):
+def where_extreme(ctx: Any, call: Any) -> Any:
     """Says where, so the places may not move."""
     x, dim = call["self"], call["dim"]
     dims = range(x.ndim) if dim is None else [dim]

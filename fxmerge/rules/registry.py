@@ -2,8 +2,8 @@
 
 A rule is a function ``rule(ctx, call)``. ``call["input"]`` is an argument by its name in the operator's schema, with a
 ``Label`` in place of every tensor that carries neurons; ``ctx`` has the few verbs a rule may use (``align``,
-``reduce``, ``contract``, ``move``, ``ordered``, ``positions``). It returns the label of the result, or a list of labels where the
-operation returns several tensors.
+``reduce``, ``contract``, ``move``, ``ordered``, ``positions``). It returns the label of the result, or a list of labels
+where the operation returns several tensors.
 
 Operators are named as in ATen without overload and in-place underscore ("add" covers ``+``, ``torch.add``, ``add_``,
 ``Tensor.add`` and ``operator.iadd``); those of other namespaces keep it ("torchvision::roi_align").
@@ -25,7 +25,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     For an operation of your own, registered with ``torch.library``::
 
         @fxmerge.rule("mylib::scale")
-        def scale(ctx, call):
+        def scale(ctx: Any, call: Any) -> Any:
             return ctx.align(call["x"], call["weight"])   # pointwise: aligned neurons are the same neuron
     """
 
