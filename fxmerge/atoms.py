@@ -91,7 +91,7 @@ class Atoms:
         return self._origin[ids]
 
     def union(self, x: Ints, y: Ints) -> bool:
-        """Atoms x[i] and y[i] are the same neuron. Whether more than pairs were united, as by x meeting itself moved."""
+        """Atoms x[i] and y[i] are one neuron. Whether more than pairs were united, as by x meeting itself moved."""
         x, y = self.find(x), self.find(y)
         differ = x != y
         low, high = np.minimum(x, y)[differ], np.maximum(x, y)[differ]

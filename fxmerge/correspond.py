@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import fx
+from torch.nn.modules.dropout import _DropoutNd
 
 from fxmerge.errors import StructureError
 from fxmerge.ir import AxisClasses, Traced
@@ -40,7 +42,7 @@ def require_same_structure(classes: Sequence[AxisClasses]) -> None:
 
 
 def _same_computation(first: Traced, other: Traced, nth: str) -> None:
-    """Node by node the same operations with the same settings."""
+    """Node by node the same operations with the same settings, but for those that only training reads."""
     for a, b in zip(first.graph_module.graph.nodes, other.graph_module.graph.nodes, strict=False):
         x, y = _described(first, a), _described(other, b)
         if x != y:
@@ -53,7 +55,8 @@ def _same_computation(first: Traced, other: Traced, nth: str) -> None:
 def _described(traced: Traced, node: fx.Node) -> str:
     if node.op == "call_module":
         layer = traced.graph_module.get_submodule(str(node.target))
-        return f"{type(layer).__name__}({layer.extra_repr()}) of {[str(a) for a in node.args]}"
+        settings = "" if isinstance(layer, _DropoutNd) else re.sub(r"momentum=[^,]*, ", "", layer.extra_repr())
+        return f"{type(layer).__name__}({settings}) of {[str(a) for a in node.args]}"
     return f"{node.op} {node.target} of {node.args} {node.kwargs}"
 
 

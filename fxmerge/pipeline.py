@@ -12,22 +12,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxmerge import export
 from fxmerge.classes import infer_classes
 from fxmerge.correspond import require_same_structure
 from fxmerge.coupling import fuse
+from fxmerge.data import feeder, reusable, try_batch
 from fxmerge.errors import FxMergeWarning, InputError, VerifyError
 from fxmerge.interfaces import AbstractMatcher, AbstractRepair, Context, Problem
-from fxmerge.ir import Alignment, AxisClasses, Traced
+from fxmerge.ir import Alignment, AxisClasses
 from fxmerge.matchers import ActivationMatching, WeightMatching
 from fxmerge.matching import families
 from fxmerge.repair import Rescale, ResetBatchNorm
 from fxmerge.repair.batchnorm import batchnorms
 from fxmerge.report import Report
 from fxmerge.rewrite import rewrite
-from fxmerge.running import as_call, call, evaluating, fitting, preserved, to_device
+from fxmerge.running import evaluating, preserved
 from fxmerge.stats import choose_taps, collect, listen
 from fxmerge.symmetry import Verification, full_state, load_state
 from fxmerge.symmetry import verify as verify_symmetry
@@ -253,10 +254,10 @@ def _plan(
             traced = [trace(parents[0], example_inputs)]
             given = traced[0].kwargs or traced[0].args
             traced += [trace(m, dict(given) if isinstance(given, Mapping) else given) for m in parents[1:]]
-        feed = _feeder(traced[0], input_fn, work)
-        batches = None if data is None else _batches(data)
+        feed = feeder(traced[0], input_fn, work)
+        batches = None if data is None else reusable(data)
         if batches is not None:
-            _try_batch(batches, feed, traced)
+            try_batch(batches, feed, traced)
         with clock("classes"):
             classes = [infer_classes(t, strict=strict) for t in traced]
         notes = tuple(
@@ -307,47 +308,6 @@ def _device(device: torch.device | str, home: torch.device) -> torch.device:
         except Exception as error:
             raise InputError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
-
-
-def _batches(data: Iterable[Any]) -> Iterable[Any]:
-    """Something that can be read more than once."""
-    if isinstance(data, Tensor):
-        raise InputError("data must be an iterable of batches; a single tensor is one batch: pass data=[tensor]")
-    try:
-        again = iter(data)
-    except TypeError:
-        raise InputError(f"data must be an iterable of batches, got {type(data).__name__}") from None
-    return list(again) if again is data else data
-
-
-def _feeder(
-    traced: Traced, input_fn: InputFn | None, device: torch.device
-) -> Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]:
-    count = len(traced.args)
-
-    def feed(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if input_fn is not None:
-            batch = input_fn(batch)
-        elif isinstance(batch, Mapping) and traced.kwargs and set(traced.kwargs) <= set(batch):
-            batch = {k: batch[k] for k in traced.kwargs}
-        elif isinstance(batch, (list, tuple)) and count:
-            batch = tuple(batch[:count])
-        args, kwargs = as_call(batch)
-        return to_device(args, device), to_device(kwargs, device)
-
-    return feed
-
-
-def _try_batch(batches: Iterable[Any], feed: Callable[[Any], Any], traced: Sequence[Traced]) -> None:
-    """The first batch must run through every parent, before anything long starts."""
-    first = next(iter(batches), None)
-    if first is None:
-        raise InputError("the data is empty: no batch came out of it. Pass a loader with at least one batch")
-    with fitting(0):
-        args, kwargs = feed(first)
-        for t in traced:
-            with evaluating(t.graph_module):
-                call(t.graph_module, args, kwargs)
 
 
 def _verified(classes: list[AxisClasses], seed: int) -> tuple[list[AxisClasses], list[Verification]]:

@@ -26,7 +26,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torchvision import models, ops
 
-from fxmerge import export
+from fxmerge import document as documents
+from fxmerge import export, vocabulary
 from fxmerge.errors import FormatError, FxMergeError
 from fxmerge.export import export_onnx, load, save
 
@@ -310,7 +311,7 @@ def test_constants_that_are_plain_attributes(tmp_path) -> None:
     ids=repr,
 )
 def test_values(value) -> None:
-    back = export._decode(json.loads(json.dumps(export._encode(value), allow_nan=False)))
+    back = documents.decode(json.loads(json.dumps(documents.encode(value), allow_nan=False)))
     assert back == value
     assert type(back) is type(value)
     assert repr(back) == repr(value)
@@ -340,21 +341,21 @@ def test_values(value) -> None:
     ],
 )
 def test_names_of_functions(function, name) -> None:
-    assert export._function_name(function) == name
-    assert export._function(name) is function
-    assert export._function("torch._C._nn.gelu") is F.gelu
+    assert vocabulary.function_name(function) == name
+    assert vocabulary.function(name) is function
+    assert vocabulary.function("torch._C._nn.gelu") is F.gelu
 
 
 def test_no_listed_name_is_dangerous() -> None:
     words = (
         "load save open file exec eval import compile hook pickle reduce ctypes system dlopen lib jit hub call".split()
     )
-    for name in {*export._functions(), *export._methods()}:
+    for name in {*vocabulary.functions(), *vocabulary.methods()}:
         parts = set(name.replace(".", "_").strip("_").split("_"))
         assert not parts & set(words) or name in ("torch.scatter_reduce", "torch.index_reduce") or "_reduce" in name, (
             name
         )
-    assert not {"__reduce_ex__", "__class__", "__setstate__", "__call__", "numpy", "apply_"} & export._methods()
+    assert not {"__reduce_ex__", "__class__", "__setstate__", "__call__", "numpy", "apply_"} & vocabulary.methods()
 
 
 # Folders -----------------------------------------------------------------------------------------------------

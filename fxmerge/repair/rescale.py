@@ -130,6 +130,8 @@ class Rescale(AbstractRepair):
                         args, kwargs = context.feed(batch)
                     for node, value in listen(graph, set(chosen), args, kwargs).items():
                         sums[node].add(value, chosen[node][1])
+            if not all(s.count for s in sums.values()):
+                raise InputError("the data is empty: no batch to rescale layers on")
             states.append({f"{chosen[n][0]}.bias": s.mean for n, s in sums.items()})
             states[-1] |= {f"{chosen[n][0]}.bias#sd": s.sd for n, s in sums.items()}
         if self.toward == "first":
