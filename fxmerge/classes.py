@@ -241,7 +241,7 @@ def _build(
 def _parents(
     members: list[Ints], kind_of: Ints, counts: Ints, child: Ints, block: Ints
 ) -> list[dict[int, dict[int, int] | Any]]:
-    """Per kind: parent kind -> (root of a member -> root of its block); blocks that cannot move or are implied left out."""
+    """Per kind: parent kind -> (root of a member -> root of its block), without those that are implied or stay."""
     direct: list[dict[int, Any]] = [{} for _ in members]
     if child.size:
         moving = counts[kind_of[block]] > 1

@@ -95,17 +95,17 @@ class Interpretation(Context):
         self._names: dict[tuple[Any, ...], str] = {}
         self._state: dict[tuple[Any, ...], str] = {}
         self.aliases: dict[str, tuple[str, ...]] = {}
-        root = traced.graph_module
-        for name, p in root.named_parameters(remove_duplicate=False):
-            self._register(name, p, self._names)
-        for name, b in root.named_buffers(remove_duplicate=False):
-            self._register(name, b, self._state)
+        for root in (traced.graph_module, traced.source):  # the source has every name, the graph only those it uses
+            for name, p in root.named_parameters(remove_duplicate=False):
+                self._register(name, p, self._names)
+            for name, b in root.named_buffers(remove_duplicate=False):
+                self._register(name, b, self._state)
 
     def _register(self, name: str, t: Tensor, table: dict[tuple[Any, ...], str]) -> None:
         if not t.numel():
             return
         first = table.setdefault(_key(t), name)
-        if first != name:
+        if name not in (first, *self.aliases.get(first, ())):
             self.aliases[first] = (*self.aliases.get(first, ()), name)
 
     # -- looking labels up ---------------------------------------------------------------------------------------

@@ -333,12 +333,12 @@ class Context:
         return bool(standing.all())
 
     def _mark(self, atoms: Ints, marks: Ints, reason: str) -> None:
-        """Tags each atom with the multiset of its marks, unless they are all alike."""
+        """Tags each atom with the multiset of its marks in this one meeting, unless they are all alike."""
         ids, where = np.unique(atoms, return_inverse=True)
         total = np.zeros(len(ids), np.int64)
         np.add.at(total, where, marks)
         if (total != total[0]).any():
-            self.atoms.tag(ids, mix(total), reason)
+            self.atoms.tag(ids, mix(total ^ self.atoms.mark()), reason)
 
     # -- reducing ------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def place(module: str) -> str:
     return module.split(".")[0]
 
 
+@cache
 def imports(module: str) -> list[tuple[str, bool]]:
     """The modules of the package that ``module`` imports, wherever in the file, and whether for types only."""
     path = FILES[module]

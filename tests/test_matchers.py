@@ -188,7 +188,7 @@ def objective(p: Problem, found: Alignment | Sequence[Sequence[Tensor]]) -> floa
     )
 
 
-@pytest.fixture(scope="module", params=["mlp", "residual_projection", "grouped_bottleneck", "query_key_norm"])
+@pytest.fixture(scope="module", params=["mlp", "residual_projection", "grouped_bottleneck", "glu_by_chunk"])
 def unrelated(request) -> Problem:
     case = NETWORKS[request.param]
     a, x = double(case)
@@ -481,30 +481,44 @@ def test_a_perceptron_is_fused_by_the_formula_whatever_the_couplings_and_widths(
 
 
 def test_a_convolutional_network_is_fused_by_the_formula():
-    """Kernels, BatchNorm's vectors and buffers, and channels that a Linear reads four at a time."""
+    """Kernels, either way round, BatchNorm's vectors and buffers, and channels that a Linear reads four at a time."""
 
     def make(seed: int) -> nn.Sequential:
         layers = (
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-            nn.Linear(16, 5), nn.ReLU(), nn.Linear(5, 2),
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Tanh(),
+            nn.ConvTranspose2d(6, 5, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+            nn.Linear(20, 7), nn.ReLU(), nn.Linear(7, 2),
         )  # fmt: skip
         return randomise(nn.Sequential(*layers).double().eval(), seed)
 
     models = [make(0), make(1)]
     models[1][1].num_batches_tracked += 4
-    classes = [fxmerge.infer_classes(m, torch.zeros(2, 3, 8, 8, dtype=torch.float64)) for m in models]
+    classes = [fxmerge.infer_classes(m, torch.zeros(2, 3, 9, 9, dtype=torch.float64)) for m in models]
     alignment = random_alignment(classes[0])
     states = [detached(m) for m in models]
     found = fuse(classes, alignment, states, (0.3, 0.7))
-    one, two = (alignment.couplings[k] for k, c in enumerate(classes[0]) if c.free)
-    flat = torch.kron(one.unmerge, torch.eye(4, dtype=torch.float64))
-    for name in ("0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
-        expected = dense([s[name] for s in states], one.merge, None)
-        torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-12)
-    layers = {"0": (one.merge, pinned(3).unmerge), "5": (two.merge, flat), "7": (pinned(2).merge, two.unmerge)}
+    writer = {c.size: alignment.couplings[k] for k, c in enumerate(classes[0]) if c.free}
+    assert set(writer) == {4, 6, 5, 7}
+    places = torch.kron(writer[5].unmerge, torch.eye(4, dtype=torch.float64))
+    layers = {
+        "0": (writer[4].merge, pinned(3).unmerge),
+        "3": (writer[6].merge, writer[4].unmerge),
+        "5": (writer[5].merge, writer[6].unmerge),
+        "8": (writer[7].merge, places),
+        "10": (pinned(2).merge, writer[7].unmerge),
+    }
     for layer, (merge, unmerge) in layers.items():
-        expected = dense([s[f"{layer}.weight"] for s in states], merge, unmerge)
+        weights = [s[f"{layer}.weight"] for s in states]
+        if layer == "5":  # transposed: stored [in, out, ..]
+            expected = dense([w.transpose(0, 1) for w in weights], merge, unmerge).transpose(0, 1)
+        else:
+            expected = dense(weights, merge, unmerge)
         torch.testing.assert_close(found[f"{layer}.weight"], expected, rtol=1e-12, atol=1e-12)
+        expected = dense([s[f"{layer}.bias"] for s in states], merge, None)
+        torch.testing.assert_close(found[f"{layer}.bias"], expected, rtol=1e-12, atol=1e-12)
+    for name in ("1.weight", "1.bias", "1.running_mean", "1.running_var"):
+        expected = dense([s[name] for s in states], writer[4].merge, None)
+        torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-12)
     assert found["1.num_batches_tracked"] == states[0]["1.num_batches_tracked"]
     assert list(found) == list(states[0])
 
