@@ -69,9 +69,9 @@ def _close(found: Interpretation) -> AxisClasses:
     base = mix(origin + 1)
     reasons: dict[int, str] = {}
     first_colour: Ints | None = None
-    tagged = np.concatenate([t for t, _, _ in atoms.tags]) if atoms.tags else np.zeros(0, np.int64)
-    marks = mix(np.concatenate([m for _, m, _ in atoms.tags])) if atoms.tags else tagged
     while True:
+        tagged = np.concatenate([t for t, _, _ in atoms.tags]) if atoms.tags else np.zeros(0, np.int64)
+        marks = mix(np.concatenate([m for _, m, _ in atoms.tags])) if atoms.tags else tagged
         root = atoms.find(everything)
         kinds = np.zeros(size, np.int64)
         np.add.at(kinds, root, base)
@@ -104,6 +104,14 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
     if not child.size:
         return False
     changed = False
+    counts = dict(zip(*np.unique(colour[np.unique(root)], return_counts=True), strict=True))
+    above: dict[int, list[int]] = {}
+    for c, b in zip(child.tolist(), block.tolist(), strict=True):
+        above.setdefault(c, []).append(b)
+    moving = np.array([counts[c] > 1 for c in colour[block]])  # what is alone in its kind stays anyway
+    child, block = child[moving], block[moving]
+    if not child.size:
+        return False
     ties, where = np.unique(np.stack([colour[child], block], 1), axis=0, return_inverse=True)
     members = np.zeros(len(ties), np.int64)
     np.add.at(members, where.ravel(), mix(child))
@@ -113,17 +121,23 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
     if len(twins):
         atoms.union(twins[:, 0], twins[:, 1])
         return True
-    counts = dict(zip(*np.unique(colour[np.unique(root)], return_counts=True), strict=True))
     pairs = np.stack([colour[child], colour[block]], 1)
     kinds, where = np.unique(pairs, axis=0, return_inverse=True)
     where = where.ravel()
+    def implied(c: int, b: int) -> bool:
+        """Whether whatever else c lies in is where b lies, and b lies in no other of that kind."""
+        around = above.get(b, [])
+        shades = [colour[q] for q in around]
+        return all(q in around and shades.count(colour[q]) == 1 for q in above[c] if q != b)
+
     for k, (c, b) in enumerate(kinds):
         if counts[c] != counts[b] or c == b:
             continue
         at = where == k
         if at.sum() == counts[c] == len(np.unique(child[at])) == len(np.unique(block[at])):
-            atoms.union(child[at], block[at])
-            changed = True
+            if all(implied(x, y) for x, y in zip(child[at].tolist(), block[at].tolist(), strict=True)):
+                atoms.union(child[at], block[at])
+                changed = True
     return changed
 
 
@@ -145,12 +159,15 @@ def _nest(found: Interpretation, colour: Ints, child: Ints, block: Ints) -> bool
                 at, to = where == k, where == other
                 if not (np.array_equal(child[at], child[to]) and distinct(child[at])):
                     continue  # not one block of each nature around every neuron
-                seen = len(atoms.edges)
+                if len(np.unique(block[at])) == 1 or len(np.unique(block[to])) == 1:
+                    continue
+                seen, marked = len(atoms.edges), len(atoms.tags)
                 if found.relate(block[at], block[to]) == "same":
                     return True
                 for c, b in atoms.edges[seen:]:
                     new = set(zip(atoms.find(c).tolist(), atoms.find(b).tolist(), strict=True)) - before
                     changed |= bool(new)
+                changed |= len(atoms.tags) > marked  # entangled, and pinned for it
     return changed
 
 

@@ -126,6 +126,11 @@ class Context:
         fixed = () if not varying(ids) else (torch.from_numpy(mix(kind + ids.numpy())),)
         return Label(shape, fixed=fixed, kind=kind, learned=True, why="constant values")
 
+    def told(self, marks: Tensor) -> Label:
+        """Entries of different marks are told apart."""
+        t = narrow(marks)
+        return Label(tuple(marks.shape), fixed=(_hash(t),) if varying(t) else (), learned=True)
+
     def unknown(self, shape: Sequence[int]) -> Label:
         """A value of which nothing is known: every entry stands where it stands."""
         return Label(tuple(shape), fixed=self.positions(shape), kind=self.atoms.mark())

@@ -73,10 +73,9 @@ def padded(ctx: Any, call: Any) -> Any:
     if call.get("mode", "constant") == "constant":
         value = {"value": -1.0 if call.name == "pad" else -1}
         out = ctx.move(call["self"], lambda t: call.run({"self": t, **value}), call.shapes[0])
-        amount, n = list(call["pad"]), call["self"].ndim
-        grown = [n - 1 - k // 2 for k in range(len(amount)) if amount[k]]
-        pure = [d for d in grown if all(t.shape[d] == 1 for t in call["self"].neurons)]
-        return ctx.align(out, type(out)(out.shape, fixed=ctx.positions(out.shape, pure)), shape=out.shape)
+        there = torch.ones([1] * out.ndim, dtype=torch.int64).expand(call["self"].shape)
+        filled = ctx.told(call.run({"self": there, **value}))
+        return ctx.align(out, filled, shape=out.shape)
     return _as_numbers(ctx, call, call["self"], "self")
 
 
