@@ -124,6 +124,7 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
     pairs = np.stack([colour[child], colour[block]], 1)
     kinds, where = np.unique(pairs, axis=0, return_inverse=True)
     where = where.ravel()
+
     def implied(c: int, b: int) -> bool:
         """Whether whatever else c lies in is where b lies, and b lies in no other of that kind."""
         around = above.get(b, [])
@@ -134,10 +135,10 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
         if counts[c] != counts[b] or c == b:
             continue
         at = where == k
-        if at.sum() == counts[c] == len(np.unique(child[at])) == len(np.unique(block[at])):
-            if all(implied(x, y) for x, y in zip(child[at].tolist(), block[at].tolist(), strict=True)):
-                atoms.union(child[at], block[at])
-                changed = True
+        one_each = at.sum() == counts[c] == len(np.unique(child[at])) == len(np.unique(block[at]))
+        if one_each and all(implied(x, y) for x, y in zip(child[at].tolist(), block[at].tolist(), strict=True)):
+            atoms.union(child[at], block[at])
+            changed = True
     return changed
 
 

@@ -55,9 +55,17 @@ def _same_computation(first: Traced, other: Traced, nth: str) -> None:
 def _described(traced: Traced, node: fx.Node) -> str:
     if node.op == "call_module":
         layer = traced.graph_module.get_submodule(str(node.target))
-        settings = "" if isinstance(layer, _DropoutNd) else re.sub(r"momentum=[^,]*, ", "", layer.extra_repr())
+        settings = (
+            ""
+            if isinstance(layer, _DropoutNd)
+            else re.sub(r"momentum=[^,]*, |,? ?inplace(=\w+)?", "", layer.extra_repr())
+        )
         return f"{type(layer).__name__}({settings}) of {[str(a) for a in node.args]}"
-    return f"{node.op} {node.target} of {node.args} {node.kwargs}"
+    name = getattr(node.target, "__name__", str(node.target))
+    if "dropout" in name:
+        return f"{name} of {node.args[:1]}"
+    options = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+    return f"{node.op} {node.target} of {node.args} {options}"
 
 
 def _nth(k: int) -> str:

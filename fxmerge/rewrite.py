@@ -27,7 +27,9 @@ def rewrite(traced: Traced, state: Mapping[str, Tensor]) -> fx.GraphModule:
             _attach(module, name, value)
     _complete(module, source)
     load_state(module, state)
-    module.train(traced.source.training)
+    modes = {name: m.training for name, m in traced.source.named_modules()}
+    for name, m in module.named_modules():
+        m.training = modes.get(name, traced.source.training)
     return module
 
 
