@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 
 Ints = NDArray[np.int64]
 
+_WORD = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -27,6 +28,15 @@ def mix(x: Ints | int) -> Ints:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return (z ^ (z >> np.uint64(31))).astype(np.int64)
+
+
+def mix_int(x: int) -> int:
+    """``mix`` of one Python integer, without the cost of an array."""
+    z = (x + 0x9E3779B97F4A7C15) & _WORD
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
+    z ^= z >> 31
+    return z - (1 << 64) if z >> 63 else z
 
 
 def distinct(x: Ints) -> bool:
@@ -143,7 +153,7 @@ class Atoms:
     def mark(self) -> int:
         """A mark not used before. Marks depend only on the order of operations, so equal graphs get equal marks."""
         self._marks += 1
-        return int(mix(self._marks << 32))
+        return mix_int(self._marks << 32)
 
     def pin(self, atoms: Ints, reason: str) -> None:
         """None of these may move: each gets a mark of its own, by order of appearance."""

@@ -27,7 +27,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from fxmerge.atoms import Atoms, Ints, distinct, mix, unique_pairs
+from fxmerge.atoms import Atoms, Ints, distinct, mix, mix_int, unique_pairs
 from fxmerge.ir import Site
 
 
@@ -70,7 +70,7 @@ def combine(parts: Iterable[int]) -> int:
     """One hash of several, in order."""
     total = 0
     for part in parts:
-        total = int(mix(int(mix(total)) ^ part))
+        total = mix_int(mix_int(total) ^ part)
     return total
 
 
@@ -110,7 +110,7 @@ class Context:
             if shape[d] > 1:
                 key = (len(shape) - d, shape[d])
                 if key not in self._places:
-                    start = int(mix(int(mix(key[0])) ^ key[1]))
+                    start = mix_int(mix_int(key[0]) ^ key[1])
                     self._places[key] = torch.from_numpy(mix(start + np.arange(shape[d])))
                 made.append(self._places[key].reshape([-1 if k == d else 1 for k in range(len(shape))]))
         return tuple(made)
@@ -489,7 +489,7 @@ class Context:
             return replace(label, shape=shape, neurons=tuple(map(lay, label.neurons)), fixed=fixed)
 
         joint = self.align(*(place(*o) for o in operands), shape=[sizes[n] for n in order])
-        return self.reduce(joint, range(len(out), len(order)))
+        return replace(self.reduce(joint, range(len(out), len(order))), why="position")
 
     def _note_reads(self, operands: Sequence[tuple[Label, Sequence[Hashable]]], inner: set[Hashable]) -> None:
         """Remembers which parameter axes read their neurons: those summed over against something else."""
