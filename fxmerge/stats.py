@@ -36,6 +36,9 @@ class Moments:
     widths: tuple[int, ...]
 
     def __add__(self, other: Moments) -> Moments:
+        if torch.equal(self.shift, other.shift):  # batches of one stream
+            gram = self.gram + other.gram
+            return Moments(self.count + other.count, self.shift, self.total + other.total, gram, self.widths)
         d = other.shift - self.shift  # rows of ``other``, seen from this shift
         total = other.total + other.count * d
         gram = other.gram + torch.outer(other.total, d) + torch.outer(d, other.total) + other.count * torch.outer(d, d)
@@ -99,6 +102,9 @@ class Statistics:
         }
         return Statistics(moments, samples)
 
+
+_ROW_BUDGET = 2**15
+"""Rows per sample times neurons of all parents: keeps the products a fraction of the forward passes."""
 
 Feed = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -204,7 +210,8 @@ def collect(
         batches: the data, one forward pass per batch and parent.
         feed: batch -> (args, kwargs).
         taps: per parent: class -> taps.
-        positions: rows kept per sample and tap, drawn anew for each batch (all where there are fewer).
+        positions: rows kept per sample and tap, drawn anew for each batch (all where there are fewer; fewer for wide
+            classes, whose products cost the square of their width).
         seed: of that draw.
 
     Under ``torch.distributed`` every rank streams its own shard and the sums are joined.
@@ -227,8 +234,10 @@ def collect(
                     seen = [h[chosen[k][t].node] for h, chosen in zip(heard, taps, strict=True)]
                     total = seen[0].numel() // seen[0].shape[taps[0][k][t].axis]
                     keep = None
-                    if total > positions * size:
-                        keep = torch.randint(total, (positions * size,), generator=draw).to(seen[0].device)
+                    wide = sum(chosen[k][t].index.shape[0] for chosen in taps)
+                    most = size * min(positions, max(8, _ROW_BUDGET // wide))
+                    if total > most:
+                        keep = torch.randint(total, (most,), generator=draw).to(seen[0].device)
                     parts = [rows(v, chosen[k][t], keep) for v, chosen in zip(seen, taps, strict=True)]
                     if taps[0][k][t].kind == "other" and not all(bool(torch.isfinite(p).all()) for p in parts):
                         masked.add((k, t))  # scores behind an attention mask
