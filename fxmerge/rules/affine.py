@@ -35,16 +35,14 @@ def _matmul(ctx: Any, x: Any, y: Any) -> Any:
     return ctx.contract([(x, xs), (y, ys)], [*lead, *left, *right])
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner")
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot")
 def matmul(ctx: Any, call: Any) -> Any:
     """Batched matrix products; batch axes broadcast."""
     x, y = (ctx.lift(t) for t in call.tensors()[:2])
-    if call.name == "inner":
-        return NotImplemented
     return _matmul(ctx, x, y)
 
 
-@rule("addmm", "addbmm_", "baddbmm", "addmv")
+@rule("addmm", "baddbmm", "addmv")
 def add_matmul(ctx: Any, call: Any) -> Any:
     """A matrix product added to what is there."""
     base, x, y = (ctx.lift(t) for t in call.tensors()[:3])

@@ -125,7 +125,7 @@ def indexed(ctx: Any, call: Any) -> Any:
         if lead >= 0 and given[0].ndim == lead:
             shape = call.shapes[0]
             spots = type(x)(shape, fixed=ctx.positions(shape, range(lead)))
-            return ctx.align(rows, ctx.align(given[0], shape=given[0].shape) if False else spots, shape=shape)
+            return ctx.align(rows, spots, shape=shape)
     return NotImplemented
 
 

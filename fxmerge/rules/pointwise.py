@@ -84,7 +84,7 @@ def copied(ctx: Any, call: Any) -> Any:
     return ctx.align(source, shape=call.shapes[0])
 
 
-@rule("cumsum", "cumprod", "logcumsumexp", "flip_order", "cummax", "cummin")
+@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
 def cumulative(ctx: Any, call: Any) -> Any:
     """The order along the axis matters; the values stay where they are."""
     label = ctx.ordered(call["self"], [call["dim"]])
