@@ -56,22 +56,36 @@ class Descent:
         self.families = families(classes) if only is None else list(only)
         self.entries = {n: e for n, e in classes.by_tensor().items() if n in target}
         self.found = [torch.arange(c.size) for c in classes] if start is None else list(start)
-        self.now = arrange(classes, self.found, state)
+        self._arranged: dict[str, Tensor] = {}
         self.rng = torch.Generator().manual_seed(seed)
         self.tensors = [
             sorted({n for n, es in self.entries.items() for _, k, _ in es if k in family}) for family in self.families
         ]
 
         # single classes that meet every tensor on one axis only: there the assignment's gain is the objective's
-        self.linear = {
-            f
-            for f, family in enumerate(self.families)
-            if len(family) == 1
-            and all(sum(k == family[0] for _, k, _ in self.entries[n]) == 1 for n in self.tensors[f])
-        }
+        self.linear = {f for f, family in enumerate(self.families) if len(family) == 1 and self._linear(f, family[0])}
+        self._lasting = {n for f, names in enumerate(self.tensors) if f not in self.linear for n in names}
+        self._kept: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    def _linear(self, f: int, k: int) -> bool:
+        for n in self.tensors[f]:
+            sites = [s for s, c, _ in self.entries[n] if c == k]
+            others = {s for s, _, _ in self.entries[n] if s not in sites}
+            if len(sites) > 1 or len(others) > 1 or any(s.groups > 1 for s in (*sites, *others)):
+                return False
+        return True
 
     def objective(self) -> float:
-        return sum(dot(self.target[n], self.now[n]) for n in self.entries)
+        return sum(dot(self.target[n], self.now(n)) for n in self.entries)
+
+    def now(self, name: str) -> Tensor:
+        """One of B's tensors with its neurons where they are matched to now."""
+        if name in self._arranged:
+            return self._arranged[name]
+        tensor = arrange(self.classes, self.found, {name: self.state[name]})[name]
+        if name in self._lasting:
+            self._arranged[name] = tensor
+        return tensor
 
     def grow(self, reverse: bool) -> None:
         """A start from the pinned ends inwards: each family matched on what is already settled."""
@@ -103,8 +117,11 @@ class Descent:
             for f in order:
                 stale.discard(f)
                 family = self.families[f]
-                scores, joints = self.scores(family, everything)
-                new = match_family(self.classes, family, scores, joints)
+                if f in self.linear:
+                    scores: dict[int, Tensor] = {family[0]: self._updated(f, family[0])}
+                    new = match_family(self.classes, family, scores)
+                else:
+                    new = match_family(self.classes, family, *self.scores(family, everything))
                 if all(torch.equal(new[k], torch.arange(len(new[k]))) for k in family):
                     continue
                 if f in self.linear:  # the score says it all
@@ -115,13 +132,12 @@ class Descent:
                         continue
                     self.place(f, new)
                 else:
-                    before = {n: self.now[n] for n in self.tensors[f]}, [self.found[k] for k in family]
                     old = self._value(f)
+                    before = {n: self.now(n) for n in self.tensors[f]}, list(self.found)
                     self.place(f, new)
                     if self._value(f) <= old + 1e-6 * abs(old):  # rounding, or a joint start that was worse
-                        self.now.update(before[0])
-                        for k, p in zip(family, before[1], strict=True):
-                            self.found[k] = p
+                        self._arranged |= before[0]
+                        self.found = before[1]
                         continue
                 changed = True
                 stale |= {
@@ -130,16 +146,14 @@ class Descent:
         return changed
 
     def _value(self, f: int) -> float:
-        return sum(dot(self.target[n], self.now[n]) for n in self.tensors[f])
+        return sum(dot(self.target[n], self.now(n)) for n in self.tensors[f])
 
     def place(self, f: int, step: Mapping[int, Tensor]) -> None:
         """Applies a family's permutation on top of the current arrangement."""
-        moves = [torch.arange(c.size) for c in self.classes]
         for k, p in step.items():
-            moves[k] = p
             self.found[k] = self.found[k][p]
-        part = {n: self.now[n] for n in self.tensors[f]}
-        self.now.update(arrange(self.classes, moves, part))
+        for n in self.tensors[f]:
+            self._arranged.pop(n, None)
 
     def scores(self, family: Sequence[int], settled: set[int]) -> tuple[dict[int, Tensor], list[Joint]]:
         """Per class [n, n]: inner products of A's rows with B's, as B is arranged now; only over settled neurons."""
@@ -147,7 +161,7 @@ class Descent:
         joints: list[Joint] = []
         for name in sorted({n for n, es in self.entries.items() for _, k, _ in es if k in family}):
             entries = self.entries[name]
-            a, b = self.target[name], self.now[name]
+            a, b = self.target[name], self.now(name)
             mine = set(family)
             grouped = next((e for e in entries if e[0].groups > 1 and e[1] in mine), None)
             if grouped is not None:
@@ -193,6 +207,42 @@ class Descent:
                 return None
             a = a * mask.reshape([-1 if d == other.axis else 1 for d in range(a.dim())])
         return _rows(a, site.axis, index) @ _rows(b, site.axis, index).T
+
+    def _updated(self, f: int, k: int) -> Tensor:
+        """The score of one class given all others, brought up to date from when it was last asked for.
+
+        It is kept in B's own order of class k, so only those neurons of other classes that moved since then enter.
+        """
+        score, then = self._kept.get(k, (None, None))
+        for name in self.tensors[f]:
+            a, b = self.target[name], self.state[name]
+            site, index = next((s, i) for s, c, i in self.entries[name] if c == k)
+            rest = [(s.axis, c, i) for s, c, i in self.entries[name] if s != site]
+            if rest:
+                axis = rest[0][0]
+                here, before, now = (x.to(b.device) for x in self._moved(rest, then))
+                a, old, b = a.index_select(axis, here), b.index_select(axis, before), b.index_select(axis, now)
+                b = b if then is None else b - old
+            elif then is not None:
+                continue
+            a, b = _rows(a, site.axis, index), _rows(b, site.axis, index).T
+            score = a @ b if score is None else score.addmm_(a, b)
+        assert score is not None
+        self._kept[k] = score, list(self.found)
+        return score.index_select(1, self.found[k].to(score.device))
+
+    def _moved(
+        self, entries: Sequence[tuple[int, int, Tensor]], then: Sequence[Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Places along an axis whose neuron of B is another than ``then`` (all places without): which, before, now."""
+        places: list[tuple[Tensor, Tensor, Tensor]] = []
+        for _, c, index in entries:
+            now = self.found[c]
+            before = now if then is None else then[c]
+            moved = torch.arange(len(now)) if then is None else (now != before).nonzero()[:, 0]
+            places.append((index[moved].reshape(-1), index[before[moved]].reshape(-1), index[now[moved]].reshape(-1)))
+        here, old, new = (torch.cat(x) for x in zip(*places, strict=True))
+        return here, old, new
 
 
 def dot(x: Tensor, y: Tensor) -> float:

@@ -183,9 +183,10 @@ def rows(value: Tensor, tap: Tap, positions: Tensor | None) -> Tensor:
     A neuron with several places along the axis (a flattened feature map) gives a row for each.
     """
     flat = value.movedim(tap.axis, -1)
-    flat = flat.reshape(-1, flat.shape[-1])
-    if positions is not None:
-        flat = flat.index_select(0, positions)
+    if positions is None:
+        flat = flat.reshape(-1, flat.shape[-1])
+    else:  # picked before anything is copied
+        flat = flat[torch.unravel_index(positions, flat.shape[:-1])]
     index = tap.index.to(value.device)
     n, m = index.shape
     if m == 1 and n == flat.shape[1] and bool((index[:, 0] == torch.arange(n, device=value.device)).all()):
@@ -218,7 +219,7 @@ def collect(
     """
     graphs = [p.traced.graph_module for p in parents]
     nodes = [{t.node for ts in chosen.values() for t in ts} for chosen in taps]
-    sums: dict[int, list[Moments | None]] = {k: [None] * len(ts) for k, ts in taps[0].items()}
+    sums = {(k, t): _Running() for k, ts in taps[0].items() for t in range(len(ts))}
     draw = torch.Generator().manual_seed(seed)
     samples = 0
     masked: set[tuple[int, int]] = set()
@@ -229,27 +230,28 @@ def collect(
                 heard = [listen(g, n, args, kwargs) for g, n in zip(graphs, nodes, strict=True)]
             size = _batch_size(args, kwargs)
             samples += size
-            for k in sums:
-                for t in range(len(sums[k])):
-                    seen = [h[chosen[k][t].node] for h, chosen in zip(heard, taps, strict=True)]
-                    total = seen[0].numel() // seen[0].shape[taps[0][k][t].axis]
-                    keep = None
-                    wide = sum(chosen[k][t].index.shape[0] for chosen in taps)
-                    most = size * min(positions, max(8, _ROW_BUDGET // wide))
-                    if total > most:
-                        keep = torch.randint(total, (most,), generator=draw).to(seen[0].device)
-                    parts = [rows(v, chosen[k][t], keep) for v, chosen in zip(seen, taps, strict=True)]
-                    if taps[0][k][t].kind == "other" and not all(bool(torch.isfinite(p).all()) for p in parts):
-                        masked.add((k, t))  # scores behind an attention mask
-                    if (k, t) in masked:
-                        continue
-                    new = _moments(parts, sums[k][t])
-                    old = sums[k][t]
-                    sums[k][t] = new if old is None else old + new
+            for (k, t), running in sums.items():
+                if (k, t) in masked:
+                    continue
+                seen = [h[chosen[k][t].node] for h, chosen in zip(heard, taps, strict=True)]
+                total = seen[0].numel() // seen[0].shape[taps[0][k][t].axis]
+                keep = None
+                wide = sum(chosen[k][t].index.shape[0] for chosen in taps)
+                most = size * min(positions, max(8, _ROW_BUDGET // wide))
+                if total > most:
+                    keep = torch.randint(total, (most,), generator=draw).to(seen[0].device)
+                parts = [rows(v, chosen[k][t], keep) for v, chosen in zip(seen, taps, strict=True)]
+                if taps[0][k][t].kind == "other" and not all(bool(torch.isfinite(p).all()) for p in parts):
+                    masked.add((k, t))  # scores behind an attention mask
+                    continue
+                running.add(parts)
     if not samples:
         raise InputError("the data is empty: no batch came out of it. Pass a loader with at least one batch")
-    done = {k: tuple(m for t, m in enumerate(ms) if m is not None and (k, t) not in masked) for k, ms in sums.items()}
-    stats = Statistics({k: ms for k, ms in done.items() if ms}, samples)
+    done: dict[int, list[Moments]] = {}
+    for (k, t), running in sums.items():
+        if (k, t) not in masked:
+            done.setdefault(k, []).append(running.moments())
+    stats = Statistics({k: tuple(ms) for k, ms in done.items()}, samples)
     for ms in stats.moments.values():
         for m in ms:
             if not bool(torch.isfinite(m.total).all()):
@@ -263,14 +265,35 @@ def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     return next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), 1)
 
 
-def _moments(parts: list[Tensor], like: Moments | None) -> Moments:
-    x = torch.cat(parts, 1)
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    shift = x.mean(0) if like is None else like.shift.to(x)
-    x = x - shift
-    wide = torch.float64 if x.device.type != "mps" else torch.float32
-    gram = (x.T @ x).to(wide)
-    return Moments(len(x), shift.to(wide), x.sum(0, dtype=wide), gram, tuple(p.shape[1] for p in parts))
+class _Running:
+    """Moments of one tap while rows come in; products wait until there are many, since each costs a pass over n^2."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Tensor] = []
+        self._rows = 0
+        self._sum: Moments | None = None
+        self._widths: tuple[int, ...] = ()
+
+    def add(self, parts: Sequence[Tensor]) -> None:
+        self._widths = tuple(p.shape[1] for p in parts)
+        x = torch.cat(list(parts), 1)
+        self._waiting.append(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+        self._rows += len(x)
+        if self._rows >= x.shape[1] // 4:
+            self.moments()
+
+    def moments(self) -> Moments:
+        """Of all rows so far."""
+        if self._waiting:
+            x = torch.cat(self._waiting)
+            self._waiting, self._rows = [], 0
+            wide = torch.float64 if x.device.type != "mps" else torch.float32
+            shift = x.mean(0) if self._sum is None else self._sum.shift.to(x)
+            x = x - shift
+            new = Moments(len(x), shift.to(wide), x.sum(0, dtype=wide), (x.T @ x).to(wide), self._widths)
+            self._sum = new if self._sum is None else self._sum + new
+        assert self._sum is not None
+        return self._sum
 
 
 def _all_reduce(stats: Statistics) -> Statistics:

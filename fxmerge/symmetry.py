@@ -156,11 +156,11 @@ def verify(
     graph = traced.graph_module
     with evaluating(module, graph):
         known = full_state(graph)
-        state = {k: to_device(v.detach(), v.device, torch.float64) for k, v in full_state(module).items() if k in known}
+        state = {k: v.detach() for k, v in full_state(module).items() if k in known}
         moves = random_element(classes, seed, only)
         args, kwargs = to_device((traced.args, dict(traced.kwargs)), None, torch.float64)
-        before = call(graph, args, kwargs, state=state)
-        after = call(graph, args, kwargs, state=apply(classes, moves, state))
+        before = call(graph, args, kwargs, state=to_device(state, None, torch.float64))
+        after = call(graph, args, kwargs, state=to_device(apply(classes, moves, state), None, torch.float64))
     moved = sum(int((m != torch.arange(len(m))).sum()) for m in moves)
     return Verification(relative_error(before, after), moved, tolerance)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,21 +50,28 @@ class WeightMatching(AbstractMatcher):
         with bar:
             for state in states[1:]:
                 best, objective = None, -float("inf")
-                for start in range(self.restarts):
-                    descent = Descent(first, states[0], state, problem.seed + start)
-                    if start < 2:
-                        descent.grow(reverse=start == 1)
-                    descent.run(self.sweeps)
-                    value = descent.objective()
-                    if value > objective * (1 + 1e-9) or best is None:
-                        best, objective = descent.found, value
-                    bar.update()
+                start = partial(self._start, problem, states[0], state)
+                with ThreadPoolExecutor(os.cpu_count()) as pool:  # assignments and products leave the interpreter free
+                    for value, permutation in pool.map(start, range(self.restarts)):
+                        if value > objective * (1 + 1e-9) or best is None:
+                            best, objective = permutation, value
+                        bar.update()
                 assert best is not None
                 found.append(best)
         if len(states) > 2:
             found = self._refine(first, states, found, problem)
         quality = _quality(first, states, found)
         return from_permutations(first, found, problem.weights, str(self), quality)
+
+    def _start(
+        self, problem: Problem, target: Mapping[str, Tensor], state: Mapping[str, Tensor], number: int
+    ) -> tuple[float, list[Tensor]]:
+        with torch.no_grad():
+            descent = Descent(problem.classes[0], target, state, problem.seed + number)
+            if number < 2:
+                descent.grow(reverse=number == 1)
+            descent.run(self.sweeps)
+            return descent.objective(), descent.found
 
     def _refine(
         self, classes: AxisClasses, states: Sequence[Mapping[str, Tensor]], found: list[list[Tensor]], problem: Problem
