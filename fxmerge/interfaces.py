@@ -53,14 +53,28 @@ class AbstractMatcher(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What a repair is given besides the fused module: the parents, how they were fused, and data."""
+    """What a repair is given besides the fused module: the parents, how they were fused, and data.
+
+    Attributes:
+        classes: per parent, in corresponding order.
+        fused: the same classes in the fused network: its own places, under the first parent's node names.
+        alignment: one coupling per class.
+        weights: the parents' shares.
+        batches: the data, can be read again and again.
+        feed: batch -> (args, kwargs).
+        device: where to compute.
+        seed: of every random choice.
+        progress: whether to show progress bars.
+    """
 
     classes: tuple[AxisClasses, ...]
+    fused: AxisClasses
     alignment: Alignment
     weights: tuple[float, ...]
     batches: Iterable[Any]
     feed: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
     device: torch.device
+    seed: int = 0
     progress: bool = False
 
 

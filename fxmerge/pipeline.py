@@ -125,7 +125,15 @@ def merge(
             if plan.batches is None:
                 raise InputError(f"{chosen} needs data: pass data=loader, or repair=None")
             context = Context(
-                plan.classes, plan.alignment, plan.problem.weights, plan.batches, plan.feed, plan.device, progress
+                plan.classes,
+                replace(plan.classes[0], traced=replace(plan.classes[0].traced, graph_module=module, source=module)),
+                plan.alignment,
+                plan.problem.weights,
+                plan.batches,
+                plan.feed,
+                plan.device,
+                seed,
+                progress,
             )
             said = chosen.repair(module, context)
         elif repair == "auto":
