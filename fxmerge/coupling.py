@@ -19,7 +19,7 @@ from fxmerge.linalg import Map
 def from_permutations(
     classes: AxisClasses,
     permutations: Sequence[Sequence[Tensor]],
-    weights: Sequence[float],
+    shares: Sequence[Sequence[float]],
     method: str,
     quality: Mapping[int, float] | None = None,
     notes: tuple[str, ...] = (),
@@ -29,18 +29,29 @@ def from_permutations(
     Args:
         classes: the first parent's.
         permutations: per parent, per class int64 [n]: p[i] is that parent's neuron at place i of the fused network.
-        weights: the parents' shares.
+        shares: per class, the parents' shares.
     """
-    couplings = []
-    for k, c in enumerate(classes):
-        rows = [torch.eye(c.size, dtype=torch.float64)[p[k]] for p in permutations]  # [n, n]: 1 at (i, p[i])
-        merge = torch.cat([w * r for w, r in zip(weights, rows, strict=True)], 1)
-        couplings.append(Coupling(merge, torch.cat([r.T for r in rows], 0), (c.size,) * len(rows)))
-    return Alignment(tuple(couplings), method, dict(quality or {}), notes)
+    couplings = tuple(permuted([p[k] for p in permutations], shares[k]) for k in range(len(classes)))
+    return Alignment(couplings, method, dict(quality or {}), notes)
+
+
+def permuted(permutations: Sequence[Tensor], shares: Sequence[float]) -> Coupling:
+    """Neuron i of the fused network is the parents' neurons p[i]: merge = [w_a P_a, w_b P_b, ..]."""
+    n = len(permutations[0])
+    rows = [torch.eye(n, dtype=torch.float64)[p] for p in permutations]  # [n, n]: 1 at (i, p[i])
+    merge = torch.cat([w * r for w, r in zip(shares, rows, strict=True)], 1)
+    return Coupling(merge, torch.cat([r.T for r in rows], 0), (n,) * len(rows))
+
+
+def side_by_side(widths: Sequence[int]) -> Coupling:
+    """Every parent's neurons kept: merge = unmerge = I."""
+    eye = torch.eye(sum(widths), dtype=torch.float64)
+    return Coupling(eye, eye.clone(), tuple(widths))
 
 
 def fuse(
     parents: Sequence[AxisClasses],
+    fused: AxisClasses,
     alignment: Alignment,
     states: Sequence[Mapping[str, Tensor]],
     weights: Sequence[float],
@@ -49,34 +60,36 @@ def fuse(
 
     Args:
         parents: classes of each parent, in corresponding order.
+        fused: the same classes in the fused network.
         alignment: one coupling per class.
         states: each parent's parameters and buffers.
         weights: shares, for tensors that have no neurons. Integers and constants that agree are taken as they are.
     """
     touched = [p.by_tensor() for p in parents]
-    maps = _Maps(alignment)
-    fused: dict[str, Tensor] = {}
+    targets = fused.by_tensor()
+    maps = Maps(alignment.couplings)
+    out: dict[str, Tensor] = {}
     for name, first in states[0].items():
         values = [s[name] for s in states]
-        entries = [t.get(name) for t in touched]
-        if entries[0] is None:
+        target = targets.get(name)
+        if target is None:
             alike = all(v.shape == first.shape and torch.equal(v.to(first.device), first) for v in values[1:])
             if alike or not first.is_floating_point():
-                fused[name] = first.clone()
+                out[name] = first.clone()
             else:
-                fused[name] = sum(w * v for w, v in zip(weights, values, strict=True)).to(first.dtype)  # type: ignore[union-attr]
+                out[name] = sum(w * v for w, v in zip(weights, values, strict=True)).to(first.dtype)  # type: ignore[union-attr]
             continue
         total: Tensor | None = None
         for k, value in enumerate(values):
-            part = _carry(value, entries[k] or [], entries[0], maps, k, parents[0], weights[k])
+            part = _carry(value, touched[k][name], target, maps, k, parents[k], weights[k])
             total = part if total is None else total + part
         assert total is not None
-        fused[name] = total.to(first.dtype)
+        out[name] = total.to(first.dtype)
     for name, aliases in parents[0].aliases.items():
         for alias in aliases:
-            if alias in fused:
-                fused[alias] = fused[name]
-    return fused
+            if alias in out:
+                out[alias] = out[name]
+    return out
 
 
 Entry = tuple[Site, int, Tensor]
@@ -86,7 +99,7 @@ def _carry(
     value: Tensor,
     own: Sequence[Entry],
     target: Sequence[Entry],
-    maps: _Maps,
+    maps: Maps,
     k: int,
     classes: AxisClasses,
     weight: float,
@@ -102,19 +115,20 @@ def _carry(
     if carrier is None:
         value = weight * value
     for site in sites:
-        pieces = []
-        for (s, c, index), (_, _, goal) in zip(own, target, strict=True):
-            if s == site:
-                pieces.append((index, goal, maps(c, k, site == carrier)))
-        value = _through(value, site, pieces) if site.groups == 1 else _through_groups(value, site, pieces)
+        pairs = [(mine, theirs) for mine, theirs in zip(own, target, strict=True) if mine[0] == site]
+        pieces = [(index, goal, maps(c, k, site == carrier)) for (_, c, index), (_, _, goal) in pairs]
+        if site.groups == 1:
+            value = _through(value, site.axis, pieces)
+        else:
+            value = _through_groups(value, site, pairs[0][1][0], pieces)
     return value
 
 
-class _Maps:
+class Maps:
     """The sides of all couplings, each looked at once."""
 
-    def __init__(self, alignment: Alignment) -> None:
-        self._couplings = alignment.couplings
+    def __init__(self, couplings: Sequence[Coupling] | Mapping[int, Coupling]) -> None:
+        self._couplings = couplings
         self._known: dict[tuple[int, int, bool], Map] = {}
 
     def __call__(self, c: int, k: int, carries: bool) -> Map:
@@ -129,9 +143,8 @@ class _Maps:
         return self._known[key]
 
 
-def _through(value: Tensor, site: Site, pieces: Sequence[tuple[Tensor, Tensor, Map]]) -> Tensor:
+def _through(value: Tensor, axis: int, pieces: Sequence[tuple[Tensor, Tensor, Map]]) -> Tensor:
     """Every class on an axis through its own matrix; places of a neuron move together."""
-    axis = site.axis
     if (
         len(pieces) == 1
         and pieces[0][0].shape[1] == 1
@@ -154,21 +167,23 @@ def _in_order(index: Tensor, width: int | None) -> bool:
     return index.shape[1] == 1 and (width is None or n == width) and bool((index[:, 0] == torch.arange(n)).all())
 
 
-def _through_groups(value: Tensor, site: Site, pieces: Sequence[tuple[Tensor, Tensor, Map]]) -> Tensor:
+def _through_groups(value: Tensor, site: Site, goal: Site, pieces: Sequence[tuple[Tensor, Tensor, Map]]) -> Tensor:
     """The input axis of a grouped convolution, after axis 0 went through its own couplings.
 
     Rows are already in the fused network's groups. Row group g reads the parent group that its rows came from, so the
-    matrix [g * i, g' * i'] is needed on the blocks (g, g') that axis 0 joined, weighed by how much.
+    matrix [g * i, g' * i'] is needed on the blocks (g, g') that axis 0 joined: those with the largest entries.
     """
-    width = value.shape[1] * site.groups
-    matrix = value.new_zeros(width, width)
-    for index, goal, piece in pieces:
+    inside = value.shape[1]
+    if inside == 1:  # depthwise: each row reads the neuron that it makes, however that is mixed
+        return value
+    width = sum(places.numel() for _, places, _ in pieces)
+    matrix = value.new_zeros(width, inside * site.groups)
+    for index, places, piece in pieces:
         for a in range(index.shape[1]):
-            matrix[goal[:, a][:, None].to(value.device), index[:, a][None, :].to(value.device)] = piece.matrix.to(value)
-    g, inside = site.groups, value.shape[1]
-    blocks = matrix.reshape(g, inside, g, inside)
-    strength = blocks.abs().amax((1, 3))
-    source = strength.argmax(1)
-    chosen = blocks[torch.arange(g, device=value.device), :, source]  # [g, i, i']
-    rows = value.reshape(g, -1, *value.shape[1:])
-    return torch.einsum("gij,goj...->goi...", chosen, rows).reshape(value.shape)
+            rows, columns = places[:, a][:, None], index[:, a][None, :]
+            matrix[rows.to(value.device), columns.to(value.device)] = piece.matrix.to(value)
+    blocks = matrix.reshape(goal.groups, width // goal.groups, site.groups, inside)
+    source = blocks.abs().amax((1, 3)).argmax(1)
+    chosen = blocks[torch.arange(goal.groups, device=value.device), :, source]  # [g, i, i']
+    rows = value.reshape(goal.groups, -1, *value.shape[1:])
+    return torch.einsum("gij,goj...->goi...", chosen, rows).flatten(0, 1)

@@ -16,10 +16,14 @@ from fxmerge.matching import Joint, families, match_family
 from fxmerge.symmetry import apply
 
 
-def parameters(state: Mapping[str, Tensor], classes: AxisClasses) -> dict[str, Tensor]:
-    """What is compared: trained tensors with neurons, not running statistics."""
+def parameters(
+    state: Mapping[str, Tensor], classes: AxisClasses, apart: frozenset[int] = frozenset()
+) -> dict[str, Tensor]:
+    """What is compared: trained tensors with neurons, not running statistics, nor what a parent keeps for itself."""
     trained = {n for n, _ in classes.traced.source.named_parameters(remove_duplicate=False)}
-    kept = {n: state[n] for n in classes.by_tensor() if n in trained}
+    kept = {
+        n: state[n] for n, e in classes.by_tensor().items() if n in trained and not any(k in apart for _, k, _ in e)
+    }
     return {n: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for n, v in kept.items()}
 
 

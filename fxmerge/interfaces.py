@@ -23,7 +23,9 @@ class Problem:
     Attributes:
         classes: per parent, in corresponding order.
         states: per parent, parameters and buffers by name, on the working device.
-        weights: the parents' shares, summing to 1.
+        shares: per class, the parents' shares, summing to 1.
+        apart: classes that every parent keeps for itself (heads of different label spaces): not to be matched, nor
+            anything matched on the tensors that they are part of.
         statistics: activations' second moments, or None where no data was given.
         seed: of every random choice.
         progress: whether to show progress bars.
@@ -31,16 +33,25 @@ class Problem:
 
     classes: tuple[AxisClasses, ...]
     states: tuple[Mapping[str, Tensor], ...]
-    weights: tuple[float, ...]
+    shares: tuple[tuple[float, ...], ...]
+    apart: frozenset[int]
     statistics: Statistics | None
     seed: int = 0
     progress: bool = False
 
 
 class AbstractMatcher(ABC):
-    """Finds one coupling per class. ``needs_data``: whether it reads ``Problem.statistics``."""
+    """Finds one coupling per class.
+
+    Attributes:
+        needs_data: whether it reads ``Problem.statistics``.
+        any_width: whether corresponding classes of the parents may differ in size.
+        at: where activations are looked at: "read", as the next layers read them, or "made", as a layer wrote them.
+    """
 
     needs_data: bool = False
+    any_width: bool = False
+    at: str = "read"
 
     @abstractmethod
     def match(self, problem: Problem) -> Alignment:

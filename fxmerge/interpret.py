@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxmerge.atoms import Atoms
-from fxmerge.ir import Site, Traced
+from fxmerge.ir import OUTPUT, Site, Traced
 from fxmerge.labels import Context, Label, combine, varying
 from fxmerge.rules import MOVEMENT, RULES
 from fxmerge.running import bind, evaluating
@@ -197,7 +197,7 @@ class Interpretation(Context):
         for t in pytree.tree_leaves(outputs):
             if isinstance(t, Tensor) and (made := self.label_of(t)) is not None:
                 self.place = "output"
-                self.pin(made, "the network's output")
+                self.pin(made, OUTPUT)
         self._labels.clear()
 
     def see(self, node: fx.Node, value: Any) -> None:

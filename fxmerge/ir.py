@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
+
+OUTPUT = "the network's output"
+"""Why an output neuron stays in place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,11 +197,3 @@ class Alignment:
     method: str
     quality: Mapping[int, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-def concatenated_eye(size: int, weights: tuple[float, ...]) -> Coupling:
-    """The coupling that keeps neuron i at place i and averages with ``weights``: what a pinned class always gets."""
-    eye = torch.eye(size, dtype=torch.float64)
-    return Coupling(
-        torch.cat([w * eye for w in weights], 1), torch.cat([eye] * len(weights), 0), (size,) * len(weights)
-    )

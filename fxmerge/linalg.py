@@ -8,6 +8,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from fxmerge.errors import InputError
+
 
 def assignment(score: Tensor) -> Tensor:
     """The permutation p that maximises sum_i score[i, p[i]] (Jonker-Volgenant, exact).
@@ -19,6 +21,45 @@ def assignment(score: Tensor) -> Tensor:
         int64 [n] on the CPU.
     """
     return torch.from_numpy(linear_sum_assignment(score.detach().cpu().numpy(), maximize=True)[1])
+
+
+def transport(u: Tensor, v: Tensor, cost: Tensor, reg: float = 0.0, rounds: int = 20000) -> Tensor:
+    """The optimal transport plan T = argmin <T, cost> + reg max(cost) sum T log T with marginals u and v.
+
+    Exact by network simplex (POT) at reg = 0, else Sinkhorn's scaling in float64, rows normalised to their cheapest
+    entry so that none underflows (Peyre & Cuturi, arXiv 1803.00567, section 4).
+
+    Args:
+        u, v: [n], [m], masses.
+        cost: [n, m], not negative.
+        reg: relative to the largest cost.
+        rounds: at most this many rounds of scaling.
+
+    Raises:
+        InputError: the marginals are missed by more than a thousandth, so mass would be lost.
+    """
+    a, b = (x.double() / x.double().sum() for x in (u, v))
+    c = cost.double() / cost.double().max().clamp_min(1e-30)
+    if reg == 0:
+        import ot
+
+        found = ot.emd(a.cpu().numpy(), b.cpu().numpy(), c.cpu().numpy(), numItermax=100 * (len(a) + len(b)) ** 2)
+        plan = torch.from_numpy(found).to(c)
+    else:
+        kernel = torch.exp(-(c - c.amin(1, keepdim=True)) / reg)
+        left, right = torch.ones_like(a), torch.ones_like(b)
+        for number in range(rounds):
+            left = a / (kernel @ right)
+            right = b / (kernel.T @ left)
+            if number % 20 == 19 and float((left * (kernel @ right) - a).abs().max() / a.max()) < 1e-6:
+                break
+        plan = left[:, None] * kernel * right[None, :]
+    error = max(float((plan.sum(1) - a).abs().max() / a.max()), float((plan.sum(0) - b).abs().max() / b.max()))
+    if not error < 1e-3:
+        raise InputError(
+            f"the transport plan misses its marginals by {error:.1e}: mass would be lost. Use a larger reg, or reg=0"
+        )
+    return plan.to(cost)
 
 
 def correlation(cross: Tensor, var_rows: Tensor, var_columns: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import fx, nn
@@ -17,11 +17,12 @@ from torch import fx, nn
 from fxmerge import export
 from fxmerge.classes import infer_classes
 from fxmerge.correspond import require_same_structure
-from fxmerge.coupling import fuse
+from fxmerge.coupling import fuse, side_by_side
 from fxmerge.data import feeder, reusable, try_batch
-from fxmerge.errors import FxMergeWarning, InputError, VerifyError
+from fxmerge.errors import FxMergeWarning, InputError, StructureError, VerifyError
 from fxmerge.interfaces import AbstractMatcher, AbstractRepair, Context, Problem
-from fxmerge.ir import Alignment, AxisClasses
+from fxmerge.ir import OUTPUT, Alignment, AxisClasses
+from fxmerge.layout import resized
 from fxmerge.matchers import ActivationMatching, WeightMatching
 from fxmerge.matching import families
 from fxmerge.repair import Rescale, ResetBatchNorm
@@ -33,8 +34,11 @@ from fxmerge.stats import choose_taps, collect, listen
 from fxmerge.symmetry import Verification, full_state, load_state
 from fxmerge.symmetry import verify as verify_symmetry
 from fxmerge.trace import trace
+from fxmerge.widths import require_runs, separate
 
 InputFn = Callable[[Any], Any]
+Weights = Sequence[float] | Mapping[str, Sequence[float]]
+Heads = Literal["average", "separate", "concat"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +78,8 @@ def merge(
     example_inputs: Any = None,
     data: Iterable[Any] | None = None,
     matcher: AbstractMatcher | None = None,
-    weights: Sequence[float] | None = None,
+    weights: Weights | None = None,
+    heads: Heads = "average",
     repair: AbstractRepair | Literal["auto"] | None = "auto",
     input_fn: InputFn | None = None,
     verify: bool = True,
@@ -93,7 +98,10 @@ def merge(
             doubt. Two samples are enough.
         data: unlabelled batches, for matchers and repairs that look at activations.
         matcher: how to align (default: ``ActivationMatching`` where there is data, else ``WeightMatching``).
-        weights: the parents' shares (default: equal).
+        weights: the parents' shares (default: equal); or a mapping from the start of a class's name to shares, for
+            that class ("" for all others).
+        heads: what to do with the outputs: "average" them; keep one head per parent on the shared trunk and return a
+            tuple of outputs ("separate"); or return the outputs of all heads side by side ("concat").
         repair: what to put right after merging: an object, None, or "auto": with data, BatchNorm statistics are
             re-estimated, and networks without BatchNorm or LayerNorm are rescaled.
         input_fn: batch -> inputs (tensor, tuple or dict), where batches hold more than the inputs.
@@ -112,11 +120,26 @@ def merge(
     """
     clock = _Clock()
     plan = _plan(
-        models, example_inputs, data, matcher, weights, input_fn, verify, strict, device, seed, progress, clock, repair
+        models,
+        example_inputs,
+        data,
+        matcher,
+        weights,
+        input_fn,
+        verify,
+        strict,
+        device,
+        seed,
+        progress,
+        clock,
+        repair,
+        heads,
     )
     with preserved(*models), clock("fuse"):
-        state = fuse(plan.classes, plan.alignment, plan.problem.states, plan.problem.weights)
-        module = rewrite(plan.classes[0].traced, state).to(plan.device)
+        state = fuse(plan.classes, plan.fused, plan.alignment, plan.problem.states, plan.weights)
+        module = rewrite(plan.classes[0].traced, state, plan.fused).to(plan.device)
+        fused = replace(plan.fused, traced=replace(plan.fused.traced, graph_module=module, source=module))
+        require_runs(fused)
     with preserved(*models), clock("repair"):
         before = _variances(module, plan)
         said = "none"
@@ -126,9 +149,9 @@ def merge(
                 raise InputError(f"{chosen} needs data: pass data=loader, or repair=None")
             context = Context(
                 plan.classes,
-                replace(plan.classes[0], traced=replace(plan.classes[0].traced, graph_module=module, source=module)),
+                fused,
                 plan.alignment,
-                plan.problem.weights,
+                plan.weights,
                 plan.batches,
                 plan.feed,
                 plan.device,
@@ -143,12 +166,14 @@ def merge(
                 raise InputError(f"'{name}' holds NaN or inf after the repair: check the data for such values")
         after = _variances(module, plan) if said != "none" else before
     variance = {n: (before[n], after[n]) for n in before}
+    if heads == "separate":
+        separate(fused, plan.alignment, plan.problem.apart)
     module.to(plan.home)
     traced = plan.classes[0].traced
     report = Report(
         tuple(type(m).__name__ for m in models),
-        plan.problem.weights,
-        plan.classes[0],
+        plan.weights,
+        fused,
         plan.alignment,
         plan.verifications,
         said,
@@ -192,15 +217,20 @@ def align(
         progress,
         clock,
         None,
+        "average",
     )
     moved = copy.deepcopy(model)
-    load_state(moved, fuse(plan.classes, plan.alignment, plan.problem.states, (0.0, 1.0)))
+    if any(c.merge.shape[0] != c.widths[1] for c in plan.alignment.couplings):
+        raise StructureError("align moves neurons and keeps their number; the networks differ in width: use merge")
+    load_state(moved, fuse(plan.classes, plan.fused, plan.alignment, plan.problem.states, (0.0, 1.0)))
     return moved
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
     classes: tuple[AxisClasses, ...]
+    fused: AxisClasses
+    weights: tuple[float, ...]
     problem: Problem
     alignment: Alignment
     verifications: tuple[Verification, ...]
@@ -229,7 +259,7 @@ def _plan(
     example_inputs: Any,
     data: Iterable[Any] | None,
     matcher: AbstractMatcher | None,
-    weights: Sequence[float] | None,
+    weights: Weights | None,
     input_fn: InputFn | None,
     verify: bool,
     strict: bool,
@@ -238,9 +268,13 @@ def _plan(
     progress: bool,
     clock: _Clock,
     repair: AbstractRepair | Literal["auto"] | None,
+    heads: Heads,
 ) -> _Plan:
     """Everything up to and including the alignment; every complaint about the input comes from here, first."""
-    shares = _weights(models, weights)
+    named = dict(weights) if isinstance(weights, Mapping) else {"": weights}
+    shares = {prefix: _weights(models, w) for prefix, w in {"": None, **named}.items()}
+    if heads not in get_args(Heads):
+        raise InputError(f"heads={heads!r}: choose one of {', '.join(map(repr, get_args(Heads)))}")
     if not (matcher is None or isinstance(matcher, AbstractMatcher)):
         raise InputError(f"matcher={matcher!r}: give an object, such as WeightMatching() or ActivationMatching()")
     if not (repair is None or repair == "auto" or isinstance(repair, AbstractRepair)):
@@ -274,26 +308,37 @@ def _plan(
         )
         for note in notes:
             warnings.warn(note, FxMergeWarning, stacklevel=4)
-        require_same_structure(classes)
+        apart = frozenset(k for k, c in enumerate(classes[0]) if c.pinned == OUTPUT and heads != "average")
+        require_same_structure(classes, apart, matcher.any_width)
+        if heads != "average" and not apart:
+            raise InputError(f"heads={heads!r}, but no layer writes the outputs of this network")
+        unknown = [p for p in shares if not any(c.name.startswith(p) for c in classes[0])]
+        if unknown:
+            raise InputError(f"weights for '{unknown[0]}', but no class of neurons has a name that starts so")
+        by_class = tuple(shares[max((p for p in shares if c.name.startswith(p)), key=len)] for c in classes[0])
         verifications: list[Verification] = []
         if verify:
             with clock("verify"):
                 classes, verifications = _verified(classes, seed)
         statistics = None
         if matcher.needs_data and batches is not None:
-            kind = getattr(matcher, "at", "read")
             with clock("statistics"):
                 statistics = collect(
-                    classes, batches, feed, [choose_taps(c, kind) for c in classes], seed=seed, progress=progress
+                    classes, batches, feed, [choose_taps(c, matcher.at) for c in classes], seed=seed, progress=progress
                 )
         states = tuple({k: v.detach() for k, v in full_state(t.graph_module).items()} for t in traced)
         for k, t in enumerate(traced):
             states[k].update({n: v.detach() for n, v in full_state(t.source).items()})
-        problem = Problem(tuple(classes), states, shares, statistics, seed, progress)
+        problem = Problem(tuple(classes), states, by_class, apart, statistics, seed, progress)
         with clock("match"), torch.no_grad():
             alignment = matcher.match(problem)
+        kept = {k: side_by_side([c[k].size for c in classes]) for k in apart}
+        alignment = replace(alignment, couplings=tuple(kept.get(k, c) for k, c in enumerate(alignment.couplings)))
         _check_mass(alignment, classes[0])
-    return _Plan(tuple(classes), problem, alignment, tuple(verifications), batches, feed, work, home, notes)
+        fused = resized(classes[0], {k: c.size for k, c in enumerate(alignment.couplings)})
+    return _Plan(
+        tuple(classes), fused, shares[""], problem, alignment, tuple(verifications), batches, feed, work, home, notes
+    )
 
 
 def _weights(models: Sequence[nn.Module], weights: Sequence[float] | None) -> tuple[float, ...]:
@@ -379,6 +424,6 @@ def _variances(module: fx.GraphModule, plan: _Plan, batches: int = 2) -> dict[st
             for total, graph in zip(totals, graphs, strict=True):
                 for node, value in listen(graph, set(nodes), args, kwargs).items():
                     total[node] += float(value.float().var(0).mean()) if value.shape[0] > 1 else 0.0
-    share = plan.problem.weights
+    share = plan.weights
     parents = {n: sum(w * t[n] for w, t in zip(share, totals[1:], strict=True)) for n in nodes}
     return {n: totals[0][n] / parents[n] for n in nodes if parents[n] > 0}

@@ -6,19 +6,40 @@ A.graph, {A, B, ..}.parameters, couplings  -->  the same graph over parameters o
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fxmerge.ir import Traced
+from fxmerge.ir import AxisClasses, Site, Traced
 from fxmerge.symmetry import full_state, load_state
 
+_WIDTHS: dict[type[nn.Module], Mapping[str, Callable[[Any], Any]]] = {
+    nn.Linear: {"in_features": lambda m: m.weight.shape[1], "out_features": lambda m: m.weight.shape[0]},
+    _ConvTransposeNd: {
+        "in_channels": lambda m: m.weight.shape[0],
+        "out_channels": lambda m: m.weight.shape[1] * m.groups,
+    },
+    _ConvNd: {"in_channels": lambda m: m.weight.shape[1] * m.groups, "out_channels": lambda m: m.weight.shape[0]},
+    _NormBase: {"num_features": lambda m: next(iter(m.state_dict().values())).shape[0]},
+    nn.GroupNorm: {"num_channels": lambda m: m.weight.shape[0]},
+    nn.LayerNorm: {"normalized_shape": lambda m: tuple(m.weight.shape)},
+    nn.RMSNorm: {"normalized_shape": lambda m: tuple(m.weight.shape)},
+    nn.Embedding: {"embedding_dim": lambda m: m.weight.shape[1]},
+    nn.PReLU: {"num_parameters": lambda m: m.weight.shape[0]},
+}
+"""What a layer says of its own widths, read off its tensors; the first type that fits counts."""
 
-def rewrite(traced: Traced, state: Mapping[str, Tensor]) -> fx.GraphModule:
+
+def rewrite(traced: Traced, state: Mapping[str, Tensor], fused: AxisClasses | None = None) -> fx.GraphModule:
     """A new module that runs ``traced``'s graph on ``state``.
 
     Nothing is shared with the parent. The state dict has exactly the parent's keys, in its order: modules that the
-    graph does not call (auxiliary heads) come along.
+    graph does not call (auxiliary heads) come along. Tensors may have other widths than the parent's; ``fused`` then
+    says where their neurons are.
     """
     source = copy.deepcopy(traced.source)
     module = fx.GraphModule(source, copy.deepcopy(traced.graph_module.graph), class_name=type(source).__name__)
@@ -26,11 +47,36 @@ def rewrite(traced: Traced, state: Mapping[str, Tensor]) -> fx.GraphModule:
         if name not in full_state(module):
             _attach(module, name, value)
     _complete(module, source)
+    if fused is not None:
+        resize(module, state, {site for c in fused for site in c.sites})
     load_state(module, state)
     modes = {name: m.training for name, m in traced.source.named_modules()}
     for name, m in module.named_modules():
         m.training = modes.get(name, traced.source.training)
     return module
+
+
+def resize(module: nn.Module, state: Mapping[str, Tensor], sites: set[Site]) -> None:
+    """Gives parameters and buffers the shapes that they have in ``state``, and layers the widths to match."""
+    groups = {site.parameter: site.groups for site in sites if site.groups > 1}
+    made: dict[int, Any] = {}
+    for prefix, layer in module.named_modules():
+        changed = False
+        for held in (layer._parameters, layer._buffers):
+            for name, old in held.items():
+                key = f"{prefix}.{name}" if prefix else name
+                if old is None or key not in state or old.shape == state[key].shape:
+                    continue
+                if id(old) not in made:
+                    new: Any = torch.empty_like(state[key], dtype=old.dtype, device=old.device)
+                    made[id(old)] = nn.Parameter(new, old.requires_grad) if held is layer._parameters else new
+                held[name] = made[id(old)]  # type: ignore[index]
+                changed = True
+                if hasattr(layer, "groups") and key in groups:
+                    layer.groups = groups[key]  # type: ignore[assignment]
+        widths = next((w for t, w in _WIDTHS.items() if isinstance(layer, t)), {}) if changed else {}
+        for name, read in widths.items():
+            setattr(layer, name, read(layer))
 
 
 def _complete(module: nn.Module, source: nn.Module) -> None:

@@ -26,8 +26,8 @@ ORDER = """
     errors atoms ir linalg running
     symbolic guess trace vocabulary document export barrier
     labels rules interpret classes
-    coupling symmetry stats interfaces matching descent matchers
-    data correspond rewrite repair report pipeline __init__
+    coupling layout symmetry stats interfaces matching descent rewrite widths affinity cells budget matchers
+    data correspond repair report pipeline __init__
     """.split()
 
 # Inside a package, who may import whom: a file of its own that all the others stand on.

@@ -471,7 +471,7 @@ def test_a_perceptron_is_fused_by_the_formula_whatever_the_couplings_and_widths(
     one, two = (k for k, c in enumerate(classes[0]) if c.free)
     alignment = random_alignment(classes[0], {one: (8, b[0]), two: (6, b[1])}, {one: fused[0], two: fused[1]})
     states = [detached(m) for m in models]
-    found = fuse(classes, alignment, states, (0.3, 0.7))
+    found = fuse(classes, classes[0], alignment, states, (0.3, 0.7))
     path = [pinned(5), alignment.couplings[one], alignment.couplings[two], pinned(3)]
     for layer, (reads, makes) in zip(("0", "2", "4"), pairwise(path), strict=True):
         weight = dense([s[f"{layer}.weight"] for s in states], makes.merge, reads.unmerge)
@@ -496,7 +496,7 @@ def test_a_convolutional_network_is_fused_by_the_formula():
     classes = [fxmerge.infer_classes(m, torch.zeros(2, 3, 9, 9, dtype=torch.float64)) for m in models]
     alignment = random_alignment(classes[0])
     states = [detached(m) for m in models]
-    found = fuse(classes, alignment, states, (0.3, 0.7))
+    found = fuse(classes, classes[0], alignment, states, (0.3, 0.7))
     writer = {c.size: alignment.couplings[k] for k, c in enumerate(classes[0]) if c.free}
     assert set(writer) == {4, 6, 5, 7}
     places = torch.kron(writer[5].unmerge, torch.eye(4, dtype=torch.float64))
@@ -528,7 +528,7 @@ def test_a_tied_tensor_stays_one():
     a, x = double(case)
     b = randomise(double(case)[0], seed=1)
     classes = [fxmerge.infer_classes(m, x) for m in (a, b)]
-    found = fuse(classes, random_alignment(classes[0]), [detached(a), detached(b)], (0.3, 0.7))
+    found = fuse(classes, classes[0], random_alignment(classes[0]), [detached(a), detached(b)], (0.3, 0.7))
     assert found["embed.weight"] is found["out.weight"]
 
 
@@ -542,7 +542,9 @@ def test_a_share_of_one_gives_that_parent(name):
     found = [identity, random_element(classes[0], seed=4)]
     states = [detached(a), detached(b)]
     for shares in ((1.0, 0.0), (0.0, 1.0)):
-        fused = fuse(classes, from_permutations(classes[0], found, shares, ""), states, shares)
+        fused = fuse(
+            classes, classes[0], from_permutations(classes[0], found, [shares] * len(classes[0]), ""), states, shares
+        )
         if shares[0]:
             assert all(torch.equal(fused[n], v) for n, v in states[0].items())
         else:

@@ -311,9 +311,11 @@ def test_three_parents(matcher):
     for k, parent in enumerate(parents):  # each parent alone, at the places it was given
         only = [float(j == k) for j in range(3)]
         found = [[u.T.argmax(1) for u in c.unmerge.split(c.widths)] for c in result.alignment.couplings]
-        alignment = from_permutations(result.report.classes, list(zip(*found, strict=True)), only, "")
+        alignment = from_permutations(
+            result.report.classes, list(zip(*found, strict=True)), [only] * len(result.report.classes), ""
+        )
         classes = [fxmerge.infer_classes(p, x[:2]) for p in parents]
-        alone = fuse(classes, alignment, [p.state_dict() for p in parents], only)
+        alone = fuse(classes, classes[0], alignment, [p.state_dict() for p in parents], only)
         with torch.no_grad():
             assert relative_error(parent(x), torch.func.functional_call(parent, alone, (x,))) < 1e-9
 

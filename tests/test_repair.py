@@ -258,8 +258,8 @@ def test_parts_in_different_modes_are_restored_one_by_one(repair, data):
     module.get_submodule("1").eval()
     modes = [m.training for m in module.modules()]
     context = Context(
-        (classes, fxmerge.infer_classes(b, IMAGES[:2])), classes, result.alignment, (0.5, 0.5), data, lambda x: ((x,), {}),
-        torch.device("cpu"),
+        (classes, fxmerge.infer_classes(b, IMAGES[:2])), classes, result.alignment, (0.5, 0.5), data,
+        lambda x: ((x,), {}), torch.device("cpu"),
     )  # fmt: skip
     if data:
         repair.repair(module, context)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ class ActivationMatching(AbstractMatcher):
     """Permutations that maximise the summed correlation of matched neurons, one assignment per class.
 
     Correlations are averaged over the places where a class is seen (a residual stream is read by several layers).
-    More than two parents: each is aligned to the first, then in turn to the weighted mean of the others.
+    More than two parents: each is aligned to the first, then in turn to the mean of the others.
 
     Args:
         at: "read", activations as the next layers read them, or "made", as a layer wrote them.
@@ -49,14 +51,12 @@ class ActivationMatching(AbstractMatcher):
         # what no activation shows (inside an opaque module, say) is matched on the weights around it
         hidden = [f for f in groups if any(first[k].sites and k not in alike for k in f)]
 
-        def align(b: int, others: dict[int, float]) -> bool:
+        def align(b: int, others: Sequence[int]) -> bool:
             changed = False
             for family in groups:
                 if family in hidden:
                     continue
-                score = {
-                    k: sum(w * alike[k][a, b][found[a][k]] for a, w in others.items()) for k in family if k in alike
-                }
+                score = {k: sum(alike[k][a, b][found[a][k]] for a in others) for k in family if k in alike}
                 best = match_family(first, family, score)  # type: ignore[arg-type]
                 for k, p in best.items():
                     changed |= not torch.equal(p, found[b][k])
@@ -64,14 +64,14 @@ class ActivationMatching(AbstractMatcher):
             return changed
 
         for b in range(1, parents):
-            align(b, {0: 1.0})
+            align(b, [0])
         if parents > 2:
             for _ in range(20):
-                moved = [align(b, {a: w for a, w in enumerate(problem.weights) if a != b}) for b in range(1, parents)]
+                moved = [align(b, [a for a in range(parents) if a != b]) for b in range(1, parents)]
                 if not any(moved):
                     break
         if hidden:
-            weights = [parameters(s, first) for s in problem.states]
+            weights = [parameters(s, first, problem.apart) for s in problem.states]
             for b in range(1, parents):
                 descent = Descent(first, weights[0], weights[b], problem.seed, found[b], hidden)
                 descent.grow(reverse=False)
@@ -84,7 +84,7 @@ class ActivationMatching(AbstractMatcher):
             quality[k] = sum(values) / len(values)
         names = ", ".join(first[k].name for f in hidden for k in f if first[k].sites)
         notes = (f"matched on weights, since no activation shows them: {names}",) if hidden else ()
-        return from_permutations(first, found, problem.weights, str(self), quality, notes)
+        return from_permutations(first, found, problem.shares, str(self), quality, notes)
 
 
 def _correlation(moments: Moments, a: int, b: int) -> Tensor:

@@ -15,4 +15,4 @@ class Average(AbstractMatcher):
     def match(self, problem: Problem) -> Alignment:
         first = problem.classes[0]
         identity = [torch.arange(c.size) for c in first]
-        return from_permutations(first, [identity] * len(problem.classes), problem.weights, "average")
+        return from_permutations(first, [identity] * len(problem.classes), problem.shares, "average")

@@ -29,7 +29,7 @@ class WeightMatching(AbstractMatcher):
         restarts: number of starts.
         sweeps: at most this many sweeps a start.
 
-    More than two parents: each is aligned to the first, then in turn to the weighted mean of the others until nothing
+    More than two parents: each is aligned to the first, then in turn to the mean of the others until nothing
     changes.
     """
 
@@ -42,7 +42,7 @@ class WeightMatching(AbstractMatcher):
 
     def match(self, problem: Problem) -> Alignment:
         first = problem.classes[0]
-        states = [parameters(s, first) for s in problem.states]
+        states = [parameters(s, first, problem.apart) for s in problem.states]
         found = [[torch.arange(c.size) for c in first]]
         bar = tqdm(
             total=(len(states) - 1) * self.restarts, desc="weight matching", disable=not problem.progress, leave=False
@@ -61,7 +61,7 @@ class WeightMatching(AbstractMatcher):
         if len(states) > 2:
             found = self._refine(first, states, found, problem)
         quality = _quality(first, states, found)
-        return from_permutations(first, found, problem.weights, str(self), quality)
+        return from_permutations(first, found, problem.shares, str(self), quality)
 
     def _start(
         self, problem: Problem, target: Mapping[str, Tensor], state: Mapping[str, Tensor], number: int
@@ -81,8 +81,7 @@ class WeightMatching(AbstractMatcher):
             changed = False
             for k in range(1, len(states)):
                 rest = [j for j in range(len(states)) if j != k]
-                share = sum(problem.weights[j] for j in rest) or 1.0
-                mean = {n: sum(problem.weights[j] / share * moved[j][n] for j in rest) for n in states[0]}
+                mean = {n: sum(moved[j][n] for j in rest) / len(rest) for n in states[0]}
                 descent = Descent(classes, mean, states[k], problem.seed, found[k])  # type: ignore[arg-type]
                 if descent.run(self.sweeps):
                     changed = True

@@ -139,12 +139,13 @@ class Rescale(AbstractRepair):
             return {n: (merged[0][f"{t}.bias"], merged[1][f"{t}.bias"]) for n, (t, _) in chosen.items()}
         means = fuse(
             parents,
+            context.fused,
             context.alignment,
             [{k: v for k, v in s.items() if not k.endswith("#sd")} for s in states],
             context.weights,
         )
         spread = [{k[: -len("#sd")]: v for k, v in s.items() if k.endswith("#sd")} for s in states]
-        sds = fuse(parents, context.alignment, spread, context.weights)
+        sds = fuse(parents, context.fused, context.alignment, spread, context.weights)
         return {n: (means[f"{t}.bias"], sds[f"{t}.bias"].abs()) for n, (t, _) in chosen.items()}
 
 

@@ -1,0 +1,116 @@
+"""How alike the neurons of all parents are: one matrix per class, from activations or from weights.
+
+With the features of neuron i in x_i (its activations over the data, or its incoming weights as read through what is
+already matched), everything that a method needs is in the inner products <x_i, x_j> over the neurons of all parents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxmerge.coupling import Maps
+from fxmerge.ir import AxisClasses, Coupling
+from fxmerge.linalg import correlation
+from fxmerge.stats import Moments
+
+
+@dataclass(frozen=True, eq=False)
+class Affinity:
+    """Inner products between the neurons of one class over all parents, [N, N] with N = n_a + n_b + ..
+
+    Attributes:
+        raw: mean <x_i, x_j> over samples (or incoming weights).
+        centred: the same after subtracting each neuron's mean: covariances.
+        correlation: in [-1, 1].
+        widths: (n_a, n_b, ..).
+        count: number of samples behind it; 0 for weights.
+    """
+
+    raw: Tensor
+    centred: Tensor
+    correlation: Tensor
+    widths: tuple[int, ...]
+    count: int
+
+    def at(self, members: Sequence[Tensor]) -> Affinity:
+        """Of some neurons only: per parent, which."""
+        starts = [sum(self.widths[:k]) for k in range(len(self.widths))]
+        i = torch.cat([m + s for m, s in zip(members, starts, strict=True)]).to(self.raw.device)
+        raw, centred, alike = (x[i][:, i] for x in (self.raw, self.centred, self.correlation))
+        return Affinity(raw, centred, alike, tuple(len(m) for m in members), self.count)
+
+    def between(self, matrix: Tensor, a: int, b: int) -> Tensor:
+        """The block of one of the matrices between parents a and b."""
+        return matrix.split(self.widths)[a].split(self.widths, 1)[b]
+
+
+def from_moments(taps: Sequence[Moments]) -> Affinity:
+    """Pooled over the places where a class shows; each place counts the same, whatever its scale."""
+    raw = centred = alike = torch.zeros(())
+    for m in taps:
+        covariance = m.covariance
+        variance = covariance.diagonal()
+        scale = variance.mean().clamp_min(1e-30) * len(taps)
+        raw = raw.to(covariance) + (covariance + torch.outer(m.mean, m.mean)) / scale
+        centred = centred.to(covariance) + covariance / scale
+        alike = alike.to(covariance) + correlation(covariance, variance, variance) / len(taps)
+    return Affinity(raw, centred, alike, taps[0].widths, min(m.count for m in taps))
+
+
+def from_weights(
+    parents: Sequence[AxisClasses],
+    states: Sequence[Mapping[str, Tensor]],
+    k: int,
+    settled: Mapping[int, Coupling],
+) -> Affinity | None:
+    """Of incoming weights: rows that write class ``k``, their inputs in the fused network's coordinates.
+
+    Only tensors whose other axes are ``settled`` are compared; None where there is none.
+    """
+    maps = Maps(settled)
+    touched = [p.by_tensor() for p in parents]
+    trained = {n for n, _ in parents[0].traced.source.named_parameters(remove_duplicate=False)}
+    found: Tensor | None = None
+    for name in touched[0]:
+        entries = [t[name] for t in touched]
+        mine = [s for s, c, _ in entries[0] if c == k and s not in parents[0].reads]
+        others = {(s, c) for s, c, _ in entries[0] if s not in mine}
+        if (
+            name not in trained
+            or len(mine) != 1
+            or any(s.groups > 1 for s in mine)
+            or any(c not in settled for _, c in others)
+        ):
+            continue
+        if any(s.groups > 1 and states[0][name].shape[1] > 1 for s, _ in others):  # which input is which is not known
+            continue
+        features = []
+        for p, state in enumerate(states):
+            value = state[name].double()
+            for site in sorted({s for s, _, _ in entries[p] if s.axis != mine[0].axis and s.groups == 1}):
+                parts = [
+                    maps(c, p, False)(
+                        value.index_select(site.axis, i.reshape(-1).to(value.device)).unflatten(
+                            site.axis, tuple(i.shape)
+                        ),
+                        site.axis,
+                    ).flatten(site.axis, site.axis + 1)
+                    for s, c, i in entries[p]
+                    if s == site
+                ]
+                value = torch.cat(parts, site.axis)
+            index = next(i for s, c, i in entries[p] if c == k and s.axis == mine[0].axis)
+            rows = value.index_select(mine[0].axis, index.reshape(-1).to(value.device)).movedim(mine[0].axis, 0)
+            features.append(rows.reshape(len(index), -1))
+        if len({f.shape[1] for f in features}) == 1:
+            x = torch.cat(features)
+            found = x @ x.T if found is None else found + x @ x.T
+    if found is None:
+        return None
+    size = found.diagonal()
+    widths = tuple(p[k].size for p in parents)
+    return Affinity(found, found, correlation(found, size, size), widths, 0)

@@ -1,0 +1,156 @@
+"""Matching class by class, for any method that couples one set of neurons with another.
+
+A class in blocks (inside heads, groups) falls into cells: the neurons of one block, or of one pair of blocks. Which
+block stands in for which is a permutation; inside, every pair of cells is a problem like that of a class without
+blocks, so no method ever mixes two heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fxmerge.affinity import Affinity, from_moments, from_weights
+from fxmerge.coupling import permuted, side_by_side
+from fxmerge.interfaces import Problem
+from fxmerge.ir import Alignment, AxisClasses, Coupling
+from fxmerge.matching import families, match_family
+
+Solve = Callable[[Affinity, Sequence[float], int], Coupling]
+"""The neurons of one cell over all parents, the parents' shares, and how many fused neurons there shall be."""
+
+
+def class_by_class(
+    problem: Problem,
+    solve: Solve,
+    method: str,
+    *,
+    weights: bool = False,
+    sweeps: int = 1,
+    widths: Mapping[int, int] | None = None,
+) -> tuple[Alignment, dict[int, Affinity]]:
+    """Couples every class, in the order of the network, each on what is already matched.
+
+    Args:
+        problem: the parents.
+        solve: the method.
+        method: what the alignment is called.
+        weights: compare incoming weights even where there are activations. Classes that no activation shows (inside
+            an opaque module, say) are always compared by weights.
+        widths: class -> number of fused neurons, where it is not that of the first parent's.
+        sweeps: rounds over the classes; after the first one, weights are compared given all other classes.
+
+    Returns:
+        The alignment, and per class what it was made from.
+    """
+    parents = problem.classes
+    first = parents[0]
+    moments = problem.statistics.moments if problem.statistics is not None and not weights else {}
+    settled: dict[int, Coupling] = {}
+    for k, c in enumerate(first):
+        sizes = [p[k].size for p in parents]
+        if k in problem.apart:
+            settled[k] = side_by_side(sizes)
+        elif not c.free:
+            settled[k] = permuted([torch.arange(c.size)] * len(parents), problem.shares[k])
+    seen: dict[int, Affinity] = {k: from_moments(m) for k, m in moments.items()}
+    known = set(seen)
+    groups = families(first)
+    if not any(first[k].sites and k not in known for f in groups for k in f):
+        sweeps = 1
+    with tqdm(total=sweeps * len(groups), desc=method, disable=not problem.progress, leave=False) as bar:
+        for _ in range(sweeps):
+            waiting = list(groups)
+            while waiting:
+                stuck = []
+                for family in waiting:
+                    for k in family:
+                        if k not in known and first[k].sites:
+                            others = {c: v for c, v in settled.items() if c not in family}
+                            found = from_weights(parents, problem.states, k, others)
+                            if found is not None:
+                                seen[k] = found
+                    if any(k in seen for k in family):
+                        settled |= _family(problem, family, seen, solve, widths or {})
+                        bar.update()
+                    else:
+                        stuck.append(family)
+                if len(stuck) == len(waiting):  # nothing says anything about these
+                    for family in stuck:
+                        for k in family:
+                            sizes = [p[k].size for p in parents]
+                            alike = len(set(sizes)) == 1
+                            here = [torch.arange(sizes[0])] * len(sizes)
+                            settled[k] = permuted(here, problem.shares[k]) if alike else side_by_side(sizes)
+                    break
+                waiting = stuck
+    quality = {k: _quality(seen[k], settled[k]) for k in seen if k in settled}
+    hidden = [first[k].name for k in seen if k not in known and first[k].free and moments]
+    notes = (f"matched on weights, since no activation shows them: {', '.join(hidden)}",) if hidden else ()
+    couplings = tuple(settled[k] for k in range(len(first)))
+    return Alignment(couplings, method, quality, notes), seen
+
+
+def _family(
+    problem: Problem, family: Sequence[int], seen: Mapping[int, Affinity], solve: Solve, widths: Mapping[int, int]
+) -> dict[int, Coupling]:
+    first, shares = problem.classes[0], problem.shares
+    if len(family) == 1:
+        (k,) = family
+        return {k: solve(seen[k], shares[k], widths.get(k, first[k].size))}
+    placed = [{k: torch.arange(first[k].size) for k in family}]
+    for b in range(1, len(problem.classes)):
+        scores = {k: seen[k].between(seen[k].correlation, 0, b) for k in family if k in seen}
+        placed.append(match_family(first, family, scores))
+    out = {}
+    for k in family:
+        if k not in seen or first.children(k):
+            out[k] = permuted([p[k] for p in placed], shares[k])
+        else:
+            out[k] = _celled(first, k, placed, seen[k], shares[k], solve)
+    return out
+
+
+def _celled(
+    classes: AxisClasses,
+    k: int,
+    placed: Sequence[Mapping[int, Tensor]],
+    affinity: Affinity,
+    shares: Sequence[float],
+    solve: Solve,
+) -> Coupling:
+    """The coupling of a class in blocks, cell by cell; cells keep their number of neurons."""
+    c = classes[k]
+    _, cell = torch.unique(c.blocks, dim=0, return_inverse=True)
+    merge, unmerge = (
+        torch.zeros(c.size, sum(affinity.widths)).double(),
+        torch.zeros(sum(affinity.widths), c.size).double(),
+    )
+    starts = [sum(affinity.widths[:p]) for p in range(len(placed))]
+    for number in range(int(cell.max()) + 1):
+        rows = (cell == number).nonzero()[:, 0]
+        members = [p[k][rows].sort().values for p in placed]
+        part = solve(affinity.at(members), shares, len(rows))
+        columns = torch.cat([m + s for m, s in zip(members, starts, strict=True)])
+        merge[rows[:, None], columns[None, :]] = part.merge.cpu()
+        unmerge[columns[:, None], rows[None, :]] = part.unmerge.cpu()
+    return Coupling(merge, unmerge, affinity.widths)
+
+
+def _quality(affinity: Affinity, coupling: Coupling) -> float:
+    """Mean correlation between a fused neuron's part in the first parent and its parts in the others."""
+    merge = coupling.merge.to(affinity.centred)
+    parts = merge.split(coupling.widths, 1)
+    a = affinity.centred.split(affinity.widths)
+    total, count = 0.0, 0
+    for b in range(1, len(parts)):
+        cross = (parts[0] @ a[0].split(affinity.widths, 1)[b] * parts[b]).sum(1)
+        own = [(parts[p] @ a[p].split(affinity.widths, 1)[p] * parts[p]).sum(1) for p in (0, b)]
+        both = (own[0] > 0) & (own[1] > 0)
+        if bool(both.any()):
+            total += float((cross[both] / (own[0][both] * own[1][both]).sqrt()).mean())
+            count += 1
+    return total / max(count, 1)

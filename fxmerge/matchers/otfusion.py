@@ -1,0 +1,124 @@
+"""OTFusion: neurons as masses to be transported (Singh & Jaggi, arXiv 1910.05653)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxmerge.affinity import Affinity
+from fxmerge.cells import class_by_class
+from fxmerge.errors import InputError
+from fxmerge.interfaces import AbstractMatcher, Problem
+from fxmerge.ir import Alignment, Coupling
+from fxmerge.linalg import assignment, transport
+from fxmerge.widths import resizable
+
+
+class OTFusion(AbstractMatcher):
+    """Optimal transport between the neurons of the parents; classes may differ in width.
+
+    With ground cost C [n, n_b] between fused and B's neurons and marginals u, v, the plan is
+
+        T = argmin_T <T, C> + reg * sum T log T,   T 1 = u,  T' 1 = v,  T >= 0
+
+    Fused neurons are made as diag(1/u) T (B's rows), and B's neurons read as diag(1/v) T' from fused ones (section 4).
+    One plan per class: a residual stream has one, whoever writes it. With two parents the fused neurons stand where the
+    first parent's do; ``barycenter`` lets them settle between all parents (free-support Wasserstein barycentre).
+
+    Args:
+        cost: "activations" (needs data) or "weights", incoming ones as read through what is already matched.
+        metric: "euclidean" (squared) or "cosine".
+        reg: entropic regularisation relative to the largest cost; 0 solves exactly.
+        importance: "uniform" masses, or "norm": proportional to a neuron's root mean square.
+        barycenter: rounds of moving the fused neurons to the mean of what is transported to them; 0 keeps the first
+            parent's.
+        width: number of fused neurons relative to the first parent's, where the graph allows it.
+        at: activations as the next layers "read" them or as a layer "made" them.
+        sweeps: rounds over the classes where weights are compared.
+    """
+
+    any_width = True
+
+    def __init__(
+        self,
+        cost: str = "activations",
+        metric: str = "euclidean",
+        reg: float = 0.0,
+        importance: str = "uniform",
+        barycenter: int = 0,
+        width: float = 1.0,
+        at: str = "read",
+        sweeps: int = 2,
+    ) -> None:
+        for name, value, known in (
+            ("cost", cost, ("activations", "weights")),
+            ("metric", metric, ("euclidean", "cosine")),
+            ("importance", importance, ("uniform", "norm")),
+            ("at", at, ("read", "made")),
+        ):
+            if value not in known:
+                raise InputError(f"OTFusion({name}={value!r}): choose one of {', '.join(map(repr, known))}")
+        if reg < 0 or barycenter < 0 or width <= 0 or sweeps < 1:
+            raise InputError("OTFusion: reg and barycenter must not be negative; width and sweeps must be positive")
+        self.cost, self.metric, self.reg, self.importance = cost, metric, reg, importance
+        self.barycenter, self.width, self.at, self.sweeps = barycenter, width, at, sweeps
+        self.needs_data = cost == "activations"
+
+    def match(self, problem: Problem) -> Alignment:
+        first = problem.classes[0]
+        widths = {}
+        if self.width != 1:
+            widths = {k: max(1, round(self.width * first[k].size)) for k in resizable(first)}
+        by_weights = self.cost == "weights"
+        return class_by_class(problem, self._solve, str(self), weights=by_weights, sweeps=self.sweeps, widths=widths)[0]
+
+    def _solve(self, affinity: Affinity, shares: Sequence[float], n: int) -> Coupling:
+        widths, gram = affinity.widths, affinity.raw
+        support = torch.zeros(n, sum(widths), dtype=gram.dtype, device=gram.device)  # fused neurons as sums of parents'
+        strongest = torch.cat([g.diagonal().argsort(descending=True) + s for g, s in _own(gram, widths)])
+        chosen = torch.arange(n) if n == widths[0] else strongest[torch.arange(n) % len(strongest)].sort().values
+        support[torch.arange(n), chosen.to(gram.device)] = 1
+        fixed = self.barycenter == 0 and n == widths[0]
+        for _ in range(max(1, self.barycenter)):
+            size = (support @ gram * support).sum(1)
+            plans = []
+            for p, (own, start) in enumerate(_own(gram, widths)):
+                if p == 0 and fixed:
+                    plans.append(torch.eye(n, dtype=gram.dtype, device=gram.device) / n)
+                    continue
+                inner = support @ gram[:, start : start + widths[p]]
+                plans.append(self._plan(size, own.diagonal(), inner))
+            rows = [t / t.sum(1, keepdim=True) for t in plans]
+            merge = torch.cat([w * r for w, r in zip(shares, rows, strict=True)], 1)
+            if fixed or torch.equal(merge, support):
+                break
+            support = merge
+        unmerge = torch.cat([(t / t.sum(0, keepdim=True)).T for t in plans])
+        return Coupling(merge.cpu(), unmerge.cpu(), widths)
+
+    def _plan(self, size_a: Tensor, size_b: Tensor, inner: Tensor) -> Tensor:
+        """The plan [n, n_b] from squared norms [n], [n_b] and inner products [n, n_b]."""
+        norms = size_a.clamp_min(0)[:, None].sqrt() * size_b.clamp_min(0)[None, :].sqrt()
+        if self.metric == "cosine":
+            cost = 1 - inner / norms.clamp_min(1e-30)
+        else:
+            cost = (size_a[:, None] + size_b[None, :] - 2 * inner).clamp_min(0)
+        u, v = (self._masses(s) for s in (size_a, size_b))
+        if self.reg == 0 and len(u) == len(v) and self.importance == "uniform":
+            plan = torch.zeros_like(cost)
+            plan[torch.arange(len(u)), assignment(-cost)] = 1 / len(u)
+            return plan
+        return transport(u, v, cost, self.reg)
+
+    def _masses(self, size: Tensor) -> Tensor:
+        mass = torch.ones_like(size) if self.importance == "uniform" else size.clamp_min(0).sqrt()
+        mass = mass.clamp_min(1e-6 * float(mass.max()) or 1.0)
+        return mass / mass.sum()
+
+
+def _own(gram: Tensor, widths: Sequence[int]) -> list[tuple[Tensor, int]]:
+    """Per parent: its block of the matrix, and where it starts."""
+    starts = [sum(widths[:p]) for p in range(len(widths))]
+    return [(gram[s : s + w, s : s + w], s) for s, w in zip(starts, widths, strict=True)]

@@ -1,0 +1,167 @@
+"""Which classes may have other widths, and networks whose widths changed: checked by running them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxmerge.classes import infer_classes
+from fxmerge.errors import FxMergeError, InputError, StructureError, told
+from fxmerge.ir import Alignment, AxisClasses
+from fxmerge.layout import resized
+from fxmerge.rewrite import rewrite
+from fxmerge.running import bind, call, evaluating, fresh
+from fxmerge.symmetry import full_state
+
+
+def shapes(fused: AxisClasses, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> its shape at the widths of ``fused``; ``state`` has the tensors at the widths they had."""
+    found = {name: list(value.shape) for name, value in state.items()}
+    for name, entries in fused.by_tensor().items():
+        for site in {s for s, _, _ in entries}:
+            total = sum(index.numel() for s, _, index in entries if s == site)
+            for alias in (name, *fused.aliases.get(name, ())):
+                if alias in found:
+                    found[alias][site.axis] = total // site.groups
+    return {name: tuple(shape) for name, shape in found.items()}
+
+
+def resizable(classes: AxisClasses, candidates: Iterable[int] | None = None) -> frozenset[int]:
+    """Classes whose width may change without a change to the graph, found by trying.
+
+    A graph may hold sizes as literals (``x.view(b, 12, 64)``, ``x[:, :64]``); a class that meets one keeps its width.
+    Every candidate grows by one neuron; where the network no longer runs, or its classes are no longer the expected
+    ones, the candidates are tried in halves.
+
+    Args:
+        classes: of the network.
+        candidates: class indices (default: free classes that are not in blocks and are no blocks).
+    """
+    if candidates is None:
+        candidates = [
+            k for k, c in enumerate(classes) if c.free and c.sites and not c.parents and not classes.children(k)
+        ]
+
+    def keeps(group: Sequence[int]) -> list[int]:
+        if not group or _works(classes, group):
+            return list(group)
+        if len(group) == 1:
+            return []
+        half = len(group) // 2
+        good = keeps(group[:half]) + keeps(group[half:])
+        return good if len(good) == len(group) or _works(classes, good) else _one_by_one(classes, good)
+
+    return frozenset(keeps(list(candidates)))
+
+
+def _one_by_one(classes: AxisClasses, candidates: Sequence[int]) -> list[int]:
+    good: list[int] = []
+    for k in candidates:
+        if _works(classes, [*good, k]):
+            good.append(k)
+    return good
+
+
+def _works(classes: AxisClasses, group: Sequence[int]) -> bool:
+    """Whether the network runs with these classes one neuron wider and has the classes that the layout says."""
+    fused = resized(classes, {k: classes[k].size + 1 for k in group})
+    state = full_state(classes.traced.graph_module)
+    draw = torch.Generator().manual_seed(0)
+    wide = {
+        name: torch.rand(shape, generator=draw, dtype=torch.float32).to(state[name])
+        if state[name].shape != shape
+        else state[name]
+        for name, shape in shapes(fused, state).items()
+    }
+    module = rewrite(classes.traced, wide, fused)
+    traced = replace(classes.traced, graph_module=module, source=module)
+    try:
+        with evaluating(module):
+            fx.Interpreter(module).run(*bind(module.graph, fresh(traced.args), fresh(dict(traced.kwargs))))
+        found = infer_classes(traced)
+    except Exception:  # whatever a layer of someone else's raises where widths do not fit
+        return False
+    if len(found) != len(fused):
+        return False
+    return all(
+        a.size == b.size
+        and a.sites.keys() == b.sites.keys()
+        and all(torch.equal(a.sites[s], b.sites[s]) for s in a.sites)
+        for a, b in zip(found, fused, strict=True)
+    )
+
+
+def require_runs(fused: AxisClasses) -> None:
+    """The fused network must run on the example inputs."""
+    traced = fused.traced
+    try:
+        with evaluating(traced.graph_module):
+            args = bind(traced.graph_module.graph, fresh(traced.args), fresh(dict(traced.kwargs)))
+            fx.Interpreter(traced.graph_module).run(*args)
+    except FxMergeError:
+        raise
+    except Exception as error:
+        raise StructureError(
+            f"the network does not run at its new widths: {told(error)}. Its graph holds a size as a number; use a "
+            "matcher that keeps widths"
+        ) from error
+
+
+def separate(fused: AxisClasses, alignment: Alignment, heads: Iterable[int]) -> None:
+    """Rewrites the outputs so that every parent's head gives an output of its own.
+
+        head -> output   becomes   head -> (head[..parent 1..], head[..parent 2..], ..)
+
+    Raises:
+        InputError: what follows the heads mixes them (a softmax, say).
+    """
+    module = fused.traced.graph_module
+    output = next(iter(module.graph.find_nodes(op="output")))
+    where = {t.node: (k, t) for k in heads for t in fused[k].taps if t.node != output.name}
+
+    def split(node: fx.Node) -> Any:
+        if node.name not in where:
+            return node
+        k, tap = where[node.name]
+        _require_own(fused, alignment, k, node)
+        parts, start = [], 0
+        with module.graph.inserting_before(output):
+            for width in alignment.couplings[k].widths:
+                index = (*[slice(None)] * tap.axis, slice(start, start + width))
+                parts.append(module.graph.call_function(operator.getitem, (node, index)))
+                start += width
+        return tuple(parts)
+
+    output.args = (fx.map_arg(output.args[0], split),)
+    module.recompile()
+
+
+def _require_own(fused: AxisClasses, alignment: Alignment, k: int, node: fx.Node) -> None:
+    """One head's outputs must not move when another's parameters do."""
+    module, traced = fused.traced.graph_module, fused.traced
+    widths = alignment.couplings[k].widths
+    state = {n: v.detach().clone() for n, v in full_state(module).items()}
+    for site, index in fused[k].sites.items():
+        tensor = state[site.parameter]
+        if tensor.is_floating_point():
+            rows = index[widths[0] :].reshape(-1).to(tensor.device)
+            tensor.index_copy_(site.axis, rows, 2 * tensor.index_select(site.axis, rows) + 1)
+    with evaluating(module):
+        args, kwargs = traced.args, dict(traced.kwargs)
+        before, after = (pytree.tree_leaves(call(module, fresh(args), fresh(kwargs), state=s)) for s in (None, state))
+    own = slice(0, widths[0])
+    tap = next(t for t in fused[k].taps if t.node == node.name)
+    for x, y in zip(before, after, strict=True):
+        if isinstance(x, Tensor) and x.dim() > tap.axis and x.shape[tap.axis] == sum(widths):
+            x, y = (t.movedim(tap.axis, 0)[own] for t in (x, y))
+            if not torch.allclose(x, y):
+                raise InputError(
+                    f"heads='separate': what follows the heads mixes them at '{node.name}' (a softmax over the "
+                    "outputs, say); return the outputs before it, or use heads='concat'"
+                )
