@@ -2,6 +2,7 @@
 
 from fxmerge.barrier import Barrier, evaluate_barrier
 from fxmerge.classes import infer_classes
+from fxmerge.ensemble import Ensemble
 from fxmerge.errors import (
     FormatError,
     FxMergeError,
@@ -19,6 +20,7 @@ from fxmerge.symmetry import permute, verify
 
 __all__ = [
     "Barrier",
+    "Ensemble",
     "FormatError",
     "FxMergeError",
     "FxMergeWarning",

@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import copy
-import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from tqdm import tqdm
 
 from fxmerge import export
-from fxmerge.classes import infer_classes
-from fxmerge.correspond import require_same_structure
-from fxmerge.coupling import fuse, side_by_side
-from fxmerge.data import feeder, reusable, try_batch
-from fxmerge.errors import FxMergeWarning, InputError, StructureError, VerifyError
-from fxmerge.interfaces import AbstractMatcher, AbstractRepair, Context, Problem
-from fxmerge.ir import OUTPUT, Alignment, AxisClasses
-from fxmerge.layout import resized
-from fxmerge.matchers import ActivationMatching, WeightMatching
-from fxmerge.matching import families
+from fxmerge.coupling import fuse
+from fxmerge.data import feeder, reusable
+from fxmerge.ensemble import disagreement
+from fxmerge.errors import FxMergeError, InputError, StructureError
+from fxmerge.interfaces import AbstractMatcher, AbstractRepair, Context
+from fxmerge.ir import Alignment
+from fxmerge.matchers import ActivationMatching, CCAMerge, OTFusion, WeightMatching, ZipIt
+from fxmerge.plan import Clock, Heads, InputFn, Plan, Weights, make_plan
 from fxmerge.repair import Rescale, ResetBatchNorm
 from fxmerge.repair.batchnorm import batchnorms
 from fxmerge.report import Report
 from fxmerge.rewrite import rewrite
 from fxmerge.running import evaluating, preserved
-from fxmerge.stats import choose_taps, collect, listen
-from fxmerge.symmetry import Verification, full_state, load_state
-from fxmerge.symmetry import verify as verify_symmetry
-from fxmerge.trace import trace
+from fxmerge.stats import listen
+from fxmerge.symmetry import full_state, load_state
 from fxmerge.widths import require_runs, separate
-
-InputFn = Callable[[Any], Any]
-Weights = Sequence[float] | Mapping[str, Sequence[float]]
-Heads = Literal["average", "separate", "concat"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +67,7 @@ def merge(
     *models: nn.Module,
     example_inputs: Any = None,
     data: Iterable[Any] | None = None,
-    matcher: AbstractMatcher | None = None,
+    matcher: AbstractMatcher | Literal["auto"] | None = None,
     weights: Weights | None = None,
     heads: Heads = "average",
     repair: AbstractRepair | Literal["auto"] | None = "auto",
@@ -97,7 +87,9 @@ def merge(
         example_inputs: tensor, tuple or dict to run the networks on; taken from the first layers where these leave no
             doubt. Two samples are enough.
         data: unlabelled batches, for matchers and repairs that look at activations.
-        matcher: how to align (default: ``ActivationMatching`` where there is data, else ``WeightMatching``).
+        matcher: how to align (default: ``ActivationMatching`` where there is data, else ``WeightMatching``). "auto"
+            tries several on most of the data and takes the one whose outputs on the rest are nearest to the mean of
+            the parents'; the report says what was tried.
         weights: the parents' shares (default: equal); or a mapping from the start of a class's name to shares, for
             that class ("" for all others).
         heads: what to do with the outputs: "average" them; keep one head per parent on the shared trunk and return a
@@ -118,8 +110,12 @@ def merge(
         >>> result = fxmerge.merge(model_a, model_b, example_inputs=x, data=loader)
         >>> result.module(x)
     """
-    clock = _Clock()
-    plan = _plan(
+    if matcher == "auto":
+        options = dict(locals())
+        del options["models"], options["matcher"]
+        return _best(models, **options)
+    clock = Clock()
+    plan = make_plan(
         models,
         example_inputs,
         data,
@@ -202,8 +198,8 @@ def align(
     With a permutation matcher it computes exactly what ``model`` computes, and may be averaged with ``to`` key by key.
     Arguments are those of ``merge``.
     """
-    clock = _Clock()
-    plan = _plan(
+    clock = Clock()
+    plan = make_plan(
         (to, model),
         example_inputs,
         data,
@@ -226,183 +222,47 @@ def align(
     return moved
 
 
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    classes: tuple[AxisClasses, ...]
-    fused: AxisClasses
-    weights: tuple[float, ...]
-    problem: Problem
-    alignment: Alignment
-    verifications: tuple[Verification, ...]
-    batches: Iterable[Any] | None
-    feed: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
-    device: torch.device
-    home: torch.device
-    notes: tuple[str, ...]
+CANDIDATES: tuple[type[AbstractMatcher], ...] = (WeightMatching, ActivationMatching, OTFusion, CCAMerge, ZipIt)
+"""What ``matcher="auto"`` tries: methods that keep the first parent's size."""
 
 
-class _Clock:
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str) -> Any:
-        start = time.perf_counter()
+def _best(models: Sequence[nn.Module], data: Iterable[Any] | None, progress: bool, **options: Any) -> MergeResult:
+    """The merge whose outputs on held-back batches are nearest to the parents' mean."""
+    if data is None:
+        raise InputError("matcher='auto' compares outputs: pass data=loader (unlabelled batches), or name a matcher")
+    batches = list(reusable(data))
+    if len(batches) < 2:
+        raise InputError(f"matcher='auto' holds back a part of the data, and it has {len(batches)} batches: pass more")
+    held = max(1, len(batches) // 5)
+    scores: dict[str, float] = {}
+    failed: list[str] = []
+    best: AbstractMatcher | None = None
+    for candidate in tqdm(CANDIDATES, desc="matchers", disable=not progress, leave=False):
+        name = candidate.__name__
         try:
-            yield
-        finally:
-            self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+            trial = {**options, "heads": "average" if options["heads"] == "average" else "separate"}
+            result = merge(*models, data=batches[:-held], matcher=candidate(), progress=False, **trial)
+        except FxMergeError as error:
+            failed.append(f"{name} ({str(error).splitlines()[0]})")
+            continue
+        feed = feeder(result.report.classes.traced, options["input_fn"], _home(models))
+        scores[name] = disagreement(result.module, models, result.report.weights, batches[-held:], feed)
+        if scores[name] <= min(scores.values()):
+            best = candidate()
+    if best is None:
+        raise StructureError("no matcher fits these networks: " + "; ".join(failed))
+    result = merge(*models, data=batches, matcher=best, progress=progress, **options)
+    tried = ", ".join(f"{n} {v:.4f}" for n, v in sorted(scores.items(), key=lambda x: x[1]))
+    note = f"chosen by disagreement with the parents' mean output on {held} held-back batches: {tried}"
+    notes = (*result.report.notes, note, *(f"not tried further: {f}" for f in failed))
+    return replace(result, report=replace(result.report, notes=notes))
 
 
-def _plan(
-    models: Sequence[nn.Module],
-    example_inputs: Any,
-    data: Iterable[Any] | None,
-    matcher: AbstractMatcher | None,
-    weights: Weights | None,
-    input_fn: InputFn | None,
-    verify: bool,
-    strict: bool,
-    device: torch.device | str,
-    seed: int,
-    progress: bool,
-    clock: _Clock,
-    repair: AbstractRepair | Literal["auto"] | None,
-    heads: Heads,
-) -> _Plan:
-    """Everything up to and including the alignment; every complaint about the input comes from here, first."""
-    named = dict(weights) if isinstance(weights, Mapping) else {"": weights}
-    shares = {prefix: _weights(models, w) for prefix, w in {"": None, **named}.items()}
-    if heads not in get_args(Heads):
-        raise InputError(f"heads={heads!r}: choose one of {', '.join(map(repr, get_args(Heads)))}")
-    if not (matcher is None or isinstance(matcher, AbstractMatcher)):
-        raise InputError(f"matcher={matcher!r}: give an object, such as WeightMatching() or ActivationMatching()")
-    if not (repair is None or repair == "auto" or isinstance(repair, AbstractRepair)):
-        raise InputError(f"repair={repair!r}: give 'auto', None or an object, such as ResetBatchNorm() or Rescale()")
-    matcher = matcher or (WeightMatching() if data is None else ActivationMatching())
-    if matcher.needs_data and data is None:
-        raise InputError(
-            f"{matcher} looks at activations: pass data=loader (unlabelled batches), or use WeightMatching()"
-        )
-    if isinstance(repair, AbstractRepair) and data is None:
-        raise InputError(f"{repair} needs data: pass data=loader, or repair=None")
-    home = next(models[0].parameters(), torch.zeros(())).device
-    work = _device(device, home)
-    with preserved(*models):
-        parents = [
-            m if next(m.parameters(), torch.zeros(())).device == work else copy.deepcopy(m).to(work) for m in models
-        ]
-        with clock("trace"):
-            traced = [trace(parents[0], example_inputs)]
-            given = traced[0].kwargs or traced[0].args
-            traced += [trace(m, dict(given) if isinstance(given, Mapping) else given) for m in parents[1:]]
-        feed = feeder(traced[0], input_fn, work)
-        batches = None if data is None else reusable(data)
-        if batches is not None:
-            try_batch(batches, feed, traced)
-        with clock("classes"):
-            classes = [infer_classes(t, strict=strict) for t in traced]
-        notes = tuple(
-            f"no rule for operation '{op}' at node '{node}': what it touches is pinned"
-            for node, op in classes[0].unknown
-        )
-        for note in notes:
-            warnings.warn(note, FxMergeWarning, stacklevel=4)
-        apart = frozenset(k for k, c in enumerate(classes[0]) if c.pinned == OUTPUT and heads != "average")
-        require_same_structure(classes, apart, matcher.any_width)
-        if heads != "average" and not apart:
-            raise InputError(f"heads={heads!r}, but no layer writes the outputs of this network")
-        unknown = [p for p in shares if not any(c.name.startswith(p) for c in classes[0])]
-        if unknown:
-            raise InputError(f"weights for '{unknown[0]}', but no class of neurons has a name that starts so")
-        by_class = tuple(shares[max((p for p in shares if c.name.startswith(p)), key=len)] for c in classes[0])
-        verifications: list[Verification] = []
-        if verify:
-            with clock("verify"):
-                classes, verifications = _verified(classes, seed)
-        statistics = None
-        if matcher.needs_data and batches is not None:
-            with clock("statistics"):
-                statistics = collect(
-                    classes, batches, feed, [choose_taps(c, matcher.at) for c in classes], seed=seed, progress=progress
-                )
-        states = tuple({k: v.detach() for k, v in full_state(t.graph_module).items()} for t in traced)
-        for k, t in enumerate(traced):
-            states[k].update({n: v.detach() for n, v in full_state(t.source).items()})
-        problem = Problem(tuple(classes), states, by_class, apart, statistics, seed, progress)
-        with clock("match"), torch.no_grad():
-            alignment = matcher.match(problem)
-        kept = {k: side_by_side([c[k].size for c in classes]) for k in apart}
-        alignment = replace(alignment, couplings=tuple(kept.get(k, c) for k, c in enumerate(alignment.couplings)))
-        _check_mass(alignment, classes[0])
-        fused = resized(classes[0], {k: c.size for k, c in enumerate(alignment.couplings)})
-    return _Plan(
-        tuple(classes), fused, shares[""], problem, alignment, tuple(verifications), batches, feed, work, home, notes
-    )
+def _home(models: Sequence[nn.Module]) -> torch.device:
+    return next(models[0].parameters(), torch.zeros(())).device
 
 
-def _weights(models: Sequence[nn.Module], weights: Sequence[float] | None) -> tuple[float, ...]:
-    if len(models) < 2:
-        raise InputError(f"merging takes two or more networks, got {len(models)}")
-    for m in models:
-        if not isinstance(m, nn.Module):
-            raise InputError(f"merging takes nn.Modules, got {type(m).__name__}; load checkpoints into a module first")
-    if weights is None:
-        return (1.0 / len(models),) * len(models)
-    if len(weights) != len(models) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-        raise InputError(f"weights={list(weights)}: give one non-negative share for each of the {len(models)} networks")
-    return tuple(float(w) / float(sum(weights)) for w in weights)
-
-
-def _device(device: torch.device | str, home: torch.device) -> torch.device:
-    if device != "auto":
-        try:
-            return torch.zeros(0, device=device).device
-        except Exception as error:
-            raise InputError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
-
-
-def _verified(classes: list[AxisClasses], seed: int) -> tuple[list[AxisClasses], list[Verification]]:
-    """Checks the symmetry on every parent; families that fail are pinned in all of them, with a warning."""
-    found = [verify_symmetry(c.traced.source, c, seed) for c in classes]
-    if all(v.ok for v in found):
-        return classes, found
-    bad: set[int] = set()
-    for c in classes:
-        for family in families(c):
-            if not verify_symmetry(c.traced.source, c, seed, only=family).ok:
-                bad |= set(family)
-    for k in sorted(bad):
-        warnings.warn(
-            f"class '{classes[0][k].name}' failed verification and is pinned: its neurons stay in place",
-            FxMergeWarning,
-            stacklevel=5,
-        )
-    classes = [_pin(c, bad) for c in classes]
-    found = [verify_symmetry(c.traced.source, c, seed) for c in classes]
-    for v in found:
-        if not v.ok:
-            raise VerifyError(f"the inferred symmetry changes the network's function ({v}); please report this network")
-    return classes, found
-
-
-def _pin(classes: AxisClasses, which: set[int]) -> AxisClasses:
-    pinned = tuple(
-        replace(c, pinned="failed verification", parents=(), blocks=c.blocks[:, :0]) if k in which else c
-        for k, c in enumerate(classes)
-    )
-    return replace(classes, classes=pinned)
-
-
-def _check_mass(alignment: Alignment, classes: AxisClasses) -> None:
-    """Every fused neuron must be made of something: rows of merge sum to one."""
-    for c, coupling in zip(classes, alignment.couplings, strict=True):
-        if not bool(torch.isfinite(coupling.merge).all() and torch.isfinite(coupling.unmerge).all()):
-            raise VerifyError(f"the coupling of class '{c.name}' holds NaN or inf; choose another matcher or more data")
-
-
-def _default_repair(module: fx.GraphModule, plan: _Plan) -> AbstractRepair | None:
+def _default_repair(module: fx.GraphModule, plan: Plan) -> AbstractRepair | None:
     if plan.batches is None:
         return None
     if batchnorms(module):
@@ -411,7 +271,7 @@ def _default_repair(module: fx.GraphModule, plan: _Plan) -> AbstractRepair | Non
     return None if normalised else Rescale()
 
 
-def _variances(module: fx.GraphModule, plan: _Plan, batches: int = 2) -> dict[str, float]:
+def _variances(module: fx.GraphModule, plan: Plan, batches: int = 2) -> dict[str, float]:
     """Variance of the fused network's layer outputs over the parents' mean variance, on the first batches."""
     if plan.batches is None:
         return {}

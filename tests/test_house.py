@@ -27,7 +27,7 @@ ORDER = """
     symbolic guess trace vocabulary document export barrier
     labels rules interpret classes
     coupling layout symmetry stats interfaces matching descent rewrite widths affinity cells budget matchers
-    data correspond repair report pipeline __init__
+    data correspond ensemble repair report plan pipeline __init__
     """.split()
 
 # Inside a package, who may import whom: a file of its own that all the others stand on.

@@ -70,7 +70,7 @@ def problem(models: Sequence[nn.Module], x: tuple[Tensor, ...], weights: Sequenc
     classes = tuple(fxmerge.infer_classes(m, x) for m in models)
     states = tuple(map(detached, models))
     shares = tuple(weights) or (1 / len(models),) * len(models)
-    return Problem(classes, states, shares, options.pop("statistics", None), **options)
+    return Problem(classes, states, (shares,) * len(classes[0]), frozenset(), options.pop("statistics", None), **options)
 
 
 def moves(alignment: Alignment, parent: int) -> list[Tensor]:
@@ -181,7 +181,7 @@ def objective(p: Problem, found: Alignment | Sequence[Sequence[Tensor]]) -> floa
         found = [moves(found, k) for k in range(len(p.states))]
     parents = [apply(p.classes[0], [q.argsort() for q in f], s) for f, s in zip(found, p.states, strict=True)]
     return sum(
-        p.weights[a] * p.weights[b] * float((parents[a][n].double() * parents[b][n].double()).sum())
+        p.shares[0][a] * p.shares[0][b] * float((parents[a][n].double() * parents[b][n].double()).sum())
         for a in range(len(parents))
         for b in range(a)
         for n in names
