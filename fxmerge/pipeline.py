@@ -133,7 +133,7 @@ def merge(
     )
     with preserved(*models), clock("fuse"):
         state = fuse(plan.classes, plan.fused, plan.alignment, plan.problem.states, plan.weights)
-        module = rewrite(plan.classes[0].traced, state, plan.fused).to(plan.device)
+        module = rewrite(plan.classes[0], state, plan.fused).to(plan.device)
         fused = replace(plan.fused, traced=replace(plan.fused.traced, graph_module=module, source=module))
         require_runs(fused)
     with preserved(*models), clock("repair"):

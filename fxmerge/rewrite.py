@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fxmerge.ir import AxisClasses, Site, Traced
+from fxmerge.ir import AxisClasses, Site
+from fxmerge.literals import adapt
 from fxmerge.symmetry import full_state, load_state
 
 _WIDTHS: dict[type[nn.Module], Mapping[str, Callable[[Any], Any]]] = {
@@ -34,13 +35,14 @@ _WIDTHS: dict[type[nn.Module], Mapping[str, Callable[[Any], Any]]] = {
 """What a layer says of its own widths, read off its tensors; the first type that fits counts."""
 
 
-def rewrite(traced: Traced, state: Mapping[str, Tensor], fused: AxisClasses | None = None) -> fx.GraphModule:
-    """A new module that runs ``traced``'s graph on ``state``.
+def rewrite(classes: AxisClasses, state: Mapping[str, Tensor], fused: AxisClasses | None = None) -> fx.GraphModule:
+    """A new module that runs the graph of ``classes.traced`` on ``state``.
 
     Nothing is shared with the parent. The state dict has exactly the parent's keys, in its order: modules that the
     graph does not call (auxiliary heads) come along. Tensors may have other widths than the parent's; ``fused`` then
     says where their neurons are.
     """
+    traced = classes.traced
     source = copy.deepcopy(traced.source)
     module = fx.GraphModule(source, copy.deepcopy(traced.graph_module.graph), class_name=type(source).__name__)
     for name, value in full_state(traced.graph_module).items():  # constants that tracing itself made
@@ -49,6 +51,7 @@ def rewrite(traced: Traced, state: Mapping[str, Tensor], fused: AxisClasses | No
     _complete(module, source)
     if fused is not None:
         resize(module, state, {site for c in fused for site in c.sites})
+        adapt(module, classes, fused)
     load_state(module, state)
     modes = {name: m.training for name, m in traced.source.named_modules()}
     for name, m in module.named_modules():
@@ -81,8 +84,8 @@ def resize(module: nn.Module, state: Mapping[str, Tensor], sites: set[Site]) -> 
 
 def _complete(module: nn.Module, source: nn.Module) -> None:
     """Adds what ``source`` has and the graph left out, keeping the order of keys."""
-    for name, child in source.named_children():
-        if name in module._modules:
+    for name, child in source._modules.items():  # not named_children, which leaves out second names
+        if child is not None and name in module._modules:
             if type(module._modules[name]) is nn.Module:  # a shell that holds the parts in use
                 _complete(module._modules[name], child)  # type: ignore[arg-type]
         else:

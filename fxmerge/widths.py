@@ -36,8 +36,8 @@ def resizable(classes: AxisClasses, candidates: Iterable[int] | None = None) -> 
     """Classes whose width may change without a change to the graph, found by trying.
 
     A graph may hold sizes as literals (``x.view(b, 12, 64)``, ``x[:, :64]``); a class that meets one keeps its width.
-    Every candidate grows by one neuron; where the network no longer runs, or its classes are no longer the expected
-    ones, the candidates are tried in halves.
+    Every candidate grows by a number of its own, so that classes tied to one width (``a, b = x.chunk(2)``) show; where
+    the network no longer runs, or its classes are no longer the expected ones, the candidates are tried in halves.
 
     Args:
         classes: of the network.
@@ -55,7 +55,7 @@ def resizable(classes: AxisClasses, candidates: Iterable[int] | None = None) -> 
             return []
         half = len(group) // 2
         good = keeps(group[:half]) + keeps(group[half:])
-        return good if len(good) == len(group) or _works(classes, good) else _one_by_one(classes, good)
+        return good if len(good) < len(group) and _works(classes, good) else _one_by_one(classes, good)
 
     return frozenset(keeps(list(candidates)))
 
@@ -69,17 +69,18 @@ def _one_by_one(classes: AxisClasses, candidates: Sequence[int]) -> list[int]:
 
 
 def _works(classes: AxisClasses, group: Sequence[int]) -> bool:
-    """Whether the network runs with these classes one neuron wider and has the classes that the layout says."""
-    fused = resized(classes, {k: classes[k].size + 1 for k in group})
-    state = full_state(classes.traced.graph_module)
+    """Whether the network runs with these classes wider, each by another number, and has the classes of the layout."""
     draw = torch.Generator().manual_seed(0)
+    more = 3 + torch.randperm(2 * len(group), generator=draw)  # one more may pass: 9 in chunks are 5 and 4
+    fused = resized(classes, {k: classes[k].size + int(m) for k, m in zip(group, more, strict=False)})
+    state = full_state(classes.traced.graph_module)
     wide = {
         name: torch.rand(shape, generator=draw, dtype=torch.float32).to(state[name])
         if state[name].shape != shape
         else state[name]
         for name, shape in shapes(fused, state).items()
     }
-    module = rewrite(classes.traced, wide, fused)
+    module = rewrite(classes, wide, fused)
     traced = replace(classes.traced, graph_module=module, source=module)
     try:
         with evaluating(module):

@@ -26,7 +26,7 @@ ORDER = """
     errors atoms ir linalg running
     symbolic guess trace vocabulary document export barrier
     labels rules interpret classes
-    coupling layout symmetry stats interfaces matching descent rewrite widths affinity cells budget matchers
+    coupling layout symmetry stats interfaces matching descent literals rewrite widths affinity cells budget matchers
     data correspond ensemble repair report plan pipeline __init__
     """.split()
 

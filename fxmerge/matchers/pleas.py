@@ -74,7 +74,9 @@ class PLeaS(AbstractMatcher):
         match = {k: _scores(seen[k], found[k]) for k in free}
         if self.ratios is None:
             costs = Costs.of(first, problem.apart, len(parents), self.of)
-            losses = {k: (1 - s).sort(descending=True).values / len(s) for k, s in match.items()}  # a class counts one
+            # what a class loses, every layer that reads it loses; classes are comparable whatever their width
+            readers = {k: max(1, sum(s in first.reads for s in first[k].sites)) for k in free}
+            losses = {k: readers[k] * (1 - s).sort(descending=True).values / len(s) for k, s in match.items()}
             kept = spread(losses, costs, self.budget)
         else:
             named = {k: [p for p in self.ratios if first[k].name.startswith(p)] for k in free}

@@ -1,0 +1,396 @@
+"""Layers refitted in closed form (the second step of PLeaS, Nasery et al., arXiv 2407.02447).
+
+Layer after layer, with z the layer's inputs in the fused network as repaired so far and t what its outputs should be:
+
+    W, c = argmin  mean || W z + c - t ||^2  +  ridge * mean(z_i^2) * || W - S W0 ||^2
+
+W0 is what merging gave; the diagonal S rescales each of its rows to fit t best. The targets t are the parents' outputs
+(behind their own BatchNorm, where one follows), merged as the layer's neurons were. Where a ReLU follows, t is the
+merged activation wherever that is positive, and the merged pre-activation elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from fxmerge.errors import InputError
+from fxmerge.interfaces import AbstractRepair, Context
+from fxmerge.ir import Tap
+from fxmerge.running import bind, evaluating, fitting, fresh
+
+_LAYERS = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # with the spatial axes of their inputs
+_RELU = frozenset({nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"})
+_FEWEST = 4096  # rows for a layer, however few its unknowns
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A layer to refit.
+
+    Attributes:
+        node, layer, axis: its call, the module, the axis of its channels.
+        norm, relu: the nodes of the BatchNorm and of the ReLU behind it, where these follow directly.
+        mixes: per parent [n, n_p]: the fused network's channels from that parent's.
+    """
+
+    node: fx.Node
+    layer: Any
+    axis: int
+    norm: fx.Node | None
+    relu: fx.Node | None
+    mixes: tuple[Tensor, ...]
+
+    @property
+    def out(self) -> str:
+        return (self.norm or self.node).name
+
+    @property
+    def last(self) -> str:
+        return self.relu.name if self.relu else self.out
+
+    @property
+    def groups(self) -> int:
+        return getattr(self.layer, "groups", 1)
+
+
+class LeastSquares(AbstractRepair):
+    """Refits linear layers and convolutions to the parents' merged outputs; other BatchNorms are re-estimated.
+
+    Costs about one forward pass per network on the data, and rows * unknowns^2 per layer for its normal equations.
+    Layers that are called twice, share their weights or have channels of unknown origin keep theirs.
+
+    Args:
+        ridge: pull toward the weights that merging gave, relative to the mean square of the layer's inputs.
+        rows: rows (samples x positions) per unknown of a neuron, drawn at random where there are more.
+        memory: GB that activations waiting for their layer may take; batches beyond that are left out.
+    """
+
+    def __init__(self, ridge: float = 0.1, rows: float = 20.0, memory: float = 2.0) -> None:
+        if not (ridge > 0 and rows > 0 and memory > 0):
+            raise InputError(f"LeastSquares(ridge={ridge}, rows={rows}, memory={memory}): all three must be positive")
+        self.ridge, self.rows, self.memory = ridge, rows, memory
+
+    def repair(self, module: fx.GraphModule, context: Context) -> str:
+        steps = _plan(module, context)
+        graphs = [module, *(c.traced.graph_module for c in context.classes)]
+        statistics: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
+        refitted = 0
+        with evaluating(*graphs):
+            inputs = self._inputs(module, context, len(graphs))
+            fused = _Runs(module, inputs)
+            source = _Targets(steps, [_Runs(g, inputs) for g in graphs[1:]], self.rows, context.seed)
+            settled: set[str] = set()
+            seen: defaultdict[nn.Module, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
+            for node in tqdm(module.graph.nodes, desc="least squares", disable=not context.progress, leave=False):
+                layer = _module(module, node)
+                if step := steps.get(node.name):
+                    sums = _Sums()
+                    for batch in range(len(inputs)):
+                        x = fused.until(batch, node)[node.args[0]]
+                        places, target = source.of(step, batch)
+                        sums.add(_patches(layer, x, places), target.unflatten(1, (step.groups, -1)))
+                    if _refit(layer, _module(module, step.norm), sums, self.ridge, statistics):
+                        refitted += 1
+                        settled.add(step.out)
+                elif isinstance(layer, _BatchNorm) and layer.running_mean is not None and node.name not in settled:
+                    seen[layer] += [_part(fused.until(b, node)[node.args[0]]) for b in range(len(inputs))]
+                    _set(statistics, layer, *_pooled(seen[layer]))
+        for norm, moments in statistics.items():  # the buffers have just been restored
+            _set({}, norm, *moments)
+        return f"{refitted} layers refitted by least squares on {len(inputs)} batches"
+
+    def _inputs(self, module: fx.GraphModule, context: Context, networks: int) -> list[list[Any]]:
+        """What the placeholders get, per batch, for as many batches as fit into the memory."""
+        inputs: list[list[Any]] = []
+        for number, batch in enumerate(context.batches):
+            with fitting(number):
+                inputs.append(bind(module.graph, *context.feed(batch)))
+            if not number:
+                most = self.memory * 1e9 / (networks * max(_Runs(module, inputs).peak(), 1))
+            if len(inputs) + 1 > most:
+                break
+        if not inputs:
+            raise InputError("the data is empty: no batch to refit layers on")
+        return inputs
+
+
+class _Runs:
+    """One network on every batch; each run stands between two nodes, with only the values that are still needed."""
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Sequence[Any]]) -> None:
+        self._interpreter = fx.Interpreter(module)
+        self._nodes = list(module.graph.nodes)
+        self._place = {n.name: i for i, n in enumerate(self._nodes)}
+        self._heads = module.graph.find_nodes(op="placeholder")
+        self._inputs = inputs
+        self._values: list[dict[fx.Node, Any]] = [{} for _ in inputs]
+        self._at = [0] * len(inputs)
+        self.heard: Callable[[int, str, Any], None] | None = None
+
+    @property
+    def batches(self) -> int:
+        return len(self._inputs)
+
+    def until(self, batch: int, node: fx.Node) -> dict[fx.Node, Any]:
+        """Runs up to just before the node; the values there."""
+        self._run(batch, self._place[node.name])
+        return self._values[batch]
+
+    def past(self, batch: int, name: str) -> None:
+        """Runs up to just behind the node."""
+        self._run(batch, self._place[name] + 1)
+
+    def peak(self) -> int:
+        """Runs the first batch to its end; the most bytes that values took on the way."""
+        most = 0
+        for i in range(len(self._nodes)):
+            self._run(0, i + 1)
+            held = [v.untyped_storage() for v in self._values[0].values() if isinstance(v, Tensor)]
+            most = max(most, sum({s.data_ptr(): s.nbytes() for s in held}.values()))
+        return most
+
+    def _run(self, batch: int, end: int) -> None:
+        values = self._interpreter.env = self._values[batch]
+        if not self._at[batch] < end:
+            return
+        if not self._at[batch]:
+            values.update(zip(self._heads, fresh(self._inputs[batch]), strict=True))
+        with fitting(batch):
+            for node in self._nodes[self._at[batch] : end]:
+                if node.op != "placeholder":
+                    values[node] = self._interpreter.run_node(node)
+                    if self.heard:
+                        self.heard(batch, node.name, values[node])
+                for used in self._interpreter.user_to_last_uses.get(node, ()):
+                    del values[used]
+        self._at[batch] = end
+
+
+class _Targets:
+    """The parents' outputs at sampled places, merged; picked while they run, before anything may overwrite them."""
+
+    def __init__(self, steps: dict[str, _Step], parents: Sequence[_Runs], rows: float, seed: int) -> None:
+        self._steps = {name: s for s in steps.values() for name in (s.out, s.last)}
+        self._parents, self._rows = parents, rows
+        self._draw = torch.Generator().manual_seed(seed)
+        self._places: dict[tuple[fx.Node, int], tuple[Tensor, ...]] = {}
+        self._sums: dict[tuple[str, int], Tensor] = {}
+        for p, runs in enumerate(parents):
+            runs.heard = lambda batch, name, value, p=p: self._hear(p, batch, name, value)  # type: ignore[misc]
+
+    def of(self, step: _Step, batch: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Places in the layer's output (an index per axis but the channels') and targets there [rows, n]."""
+        for runs in self._parents:
+            runs.past(batch, step.last)
+        target = self._sums.pop((step.out, batch))
+        if step.relu:
+            after = self._sums.pop((step.last, batch))
+            target = torch.where(after > 0, after, target)
+        return self._places.pop((step.node, batch)), target
+
+    def _hear(self, p: int, batch: int, name: str, value: Tensor) -> None:
+        step = self._steps.get(name)
+        if step is None:
+            return
+        value = value.movedim(step.axis, -1)
+        places = self._places.get((step.node, batch))
+        if places is None:
+            total, wanted = math.prod(value.shape[:-1]), self._rows * step.layer.weight[0].numel()
+            most = math.ceil(max(wanted, _FEWEST) / self._parents[p].batches)
+            chosen = torch.randperm(total, generator=self._draw)[:most] if total > most else torch.arange(total)
+            places = torch.unravel_index(chosen.to(value.device), value.shape[:-1])
+            self._places[step.node, batch] = places
+        rows = value[places] @ step.mixes[p].to(value).T
+        known = self._sums.get((name, batch))
+        self._sums[name, batch] = rows if known is None else known + rows
+
+
+class _Sums:
+    """Second moments of rows z [R, g, d] and targets t [R, g, o], per group: single products, summed in float64."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._rows = self._count = 0
+        self._shift: tuple[Tensor, Tensor] | None = None
+
+    def add(self, z: Tensor, t: Tensor) -> None:
+        narrow = z.dtype in (torch.float16, torch.bfloat16)
+        self._waiting.append((z.float(), t.float()) if narrow else (z, t))
+        self._rows += len(z)
+        if self._rows >= z.shape[2]:  # a product costs a pass over d^2, however few its rows
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        z, t = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting, self._rows = [], 0
+        if self._shift is None:  # rough means, without which single products would be worth little
+            self._shift = z.mean(0), t.mean(0)
+            self._sums: list[Any] = [0.0] * 4
+        z, t = ((x - shift).transpose(0, 1) for x, shift in zip((z, t), self._shift, strict=True))
+        self._count += z.shape[1]
+        new = (z.mT @ torch.cat([z, t], 2), t.square().sum(1), z.sum(1), t.sum(1))
+        wide = torch.float64 if z.device.type != "mps" else torch.float32
+        self._sums = [total + part.to(wide) for total, part in zip(self._sums, new, strict=True)]
+
+    def moments(self, centred: bool) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Rows, E[zz'] [g, d, d], E[zt'] [g, d, o], E[tt] [g, o], E[z], E[t]; centred: less the means' products."""
+        self._flush()
+        assert self._shift is not None
+        products, square, z, t = (x.to("cpu" if x.device.type == "mps" else x.device).double() for x in self._sums)
+        n, d = self._count, z.shape[1]
+        gram, cross = (products / n).split([d, t.shape[1]], 2)
+        z, t = z / n, t / n
+        gram, cross, square = gram - _outer(z, z), cross - _outer(z, t), square / n - t * t
+        z, t = z + self._shift[0].to(z), t + self._shift[1].to(t)
+        if not centred:
+            gram, cross, square = gram + _outer(z, z), cross + _outer(z, t), square + t * t
+        return n, gram, cross, square.clamp_min(0), z, t
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a[:, :, None] * b[:, None, :]
+
+
+def _part(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Rows, mean and variance over all axes but axis 1."""
+    x = x.transpose(0, 1).flatten(1)
+    variance, mean = torch.var_mean(x, 1, correction=0)
+    return x.shape[1], mean.to("cpu", torch.float64), variance.to("cpu", torch.float64)
+
+
+def _pooled(parts: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of all rows together."""
+    count = sum(n for n, _, _ in parts)
+    mean = torch.stack([n * m for n, m, _ in parts]).sum(0) / count
+    variance = torch.stack([n * (v + (m - mean).square()) for n, m, v in parts]).sum(0) / max(count - 1, 1)
+    return mean, variance
+
+
+def _patches(layer: Any, x: Tensor, places: tuple[Tensor, ...]) -> Tensor:
+    """[R, g, d]: what the layer multiplies with its weights at these places of its output."""
+    if isinstance(layer, nn.Linear):
+        return x[places][:, None]
+    pad = layer._reversed_padding_repeated_twice
+    if any(pad):
+        x = F.pad(x, pad, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    windows = x
+    for axis, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 2):
+        windows = windows.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
+    windows = windows.movedim(1, x.dim() - 1)  # [N, positions.., C, kernel..], a view until it is indexed
+    return windows[places].reshape(len(places[0]), layer.groups, -1)
+
+
+def _refit(layer: Any, norm: Any, sums: _Sums, ridge: float, statistics: dict[_BatchNorm, Any]) -> bool:
+    """Sets the layer, and the BatchNorm behind it so that both compute W z + c; False if that would be no better."""
+    n, gram, cross, square, z, t = sums.moments(norm is not None or layer.bias is not None)
+    tiny = torch.finfo(gram.dtype).tiny
+    plain = layer.weight.to(gram).reshape(len(gram), -1, gram.shape[1])  # [g, o, d]
+    power, fit = ((plain @ gram) * plain).sum(2), (plain * cross.mT).sum(2)
+    start = plain * (fit / power.clamp_min(tiny))[:, :, None]
+    pull = ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(tiny)[:, None, None]
+    factor, failed = torch.linalg.cholesky_ex(gram + pull * torch.eye(gram.shape[1]).to(gram))
+    if bool(failed.any()):
+        return False
+    weight = torch.cholesky_solve(cross + pull * start.mT, factor).mT
+
+    def error(w: Tensor) -> Tensor:
+        return (square - 2 * (w * cross.mT).sum(2) + ((w @ gram) * w).sum(2)).sum()
+
+    if not bool(error(weight) <= error(start) + 1e-9 * square.sum()):  # also where something is not finite
+        return False
+    layer.weight.copy_(weight.reshape(layer.weight.shape))
+    made = (weight @ z[:, :, None])[:, :, 0].flatten()
+    if norm is not None:
+        variance = ((weight @ gram) * weight).sum(2).flatten().clamp_min(0) * (n / max(n - 1, 1))
+        _set(statistics, norm, made if layer.bias is None else made + layer.bias.to(made), variance)
+        norm.weight.copy_((norm.running_var + norm.eps).sqrt())
+        norm.bias.copy_(t.flatten())
+    elif layer.bias is not None:
+        layer.bias.copy_(t.flatten() - made)
+    return True
+
+
+def _set(statistics: dict[_BatchNorm, Any], norm: Any, mean: Tensor, variance: Tensor) -> None:
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+    statistics[norm] = norm.running_mean.clone(), norm.running_var.clone()
+
+
+def _plan(module: fx.GraphModule, context: Context) -> dict[str, _Step]:
+    """The layers to refit, by the name of their node."""
+    nodes = list(module.graph.nodes)
+    calls = Counter(n.target for n in nodes if n.op == "call_module")
+    shared = {n for name, others in context.fused.aliases.items() for n in (name, *others)}
+    shared |= {n.target for n in nodes if n.op == "get_attr"}
+
+    def alone(node: fx.Node) -> bool:
+        return calls[node.target] == 1 and not {f"{node.target}.weight", f"{node.target}.bias"} & shared
+
+    found = {}
+    for node in nodes:
+        layer = _module(module, node)
+        spatial, rank = _LAYERS.get(type(layer)), len(context.fused.traced.shapes.get(node.name, ()))
+        if spatial is None or not alone(node) or not isinstance(layer.weight, nn.Parameter):
+            continue
+        if rank < 2 or (spatial and rank != spatial + 2) or not (node.args and isinstance(node.args[0], fx.Node)):
+            continue
+        axis = 1 if spatial else rank - 1
+        mixes = _mixes(node.name, axis, layer.weight.shape[0], context)
+        if mixes is None:
+            continue
+        norm = _only_user(node)
+        follower = _module(module, norm)
+        genuine = isinstance(follower, _BatchNorm) and follower.affine and follower.running_mean is not None
+        if norm is None or not genuine or axis != 1 or not alone(norm):
+            norm = None
+        relu = _only_user(norm or node)
+        if relu is not None and (type(_module(module, relu)) if relu.op == "call_module" else relu.target) not in _RELU:
+            relu = None
+        found[node.name] = _Step(node, layer, axis, norm, relu, mixes)
+    return found
+
+
+def _module(module: fx.GraphModule, node: fx.Node | None) -> Any:
+    """The module that the node calls, if it does."""
+    return module.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _mixes(node: str, axis: int, width: int, context: Context) -> tuple[Tensor, ...] | None:
+    """Per parent [width, its own]: the fused output's channels from a parent's; None if some have no origin."""
+    parents = context.classes
+    mixes = [torch.zeros(width, p.traced.shapes[node][axis], dtype=torch.float64) for p in parents]
+    covered = torch.zeros(width, dtype=torch.bool)
+    for k, c in enumerate(context.fused):
+        if any(t.node == node and t.axis != axis for t in c.taps) and c.free:
+            return None  # positions that move
+        coupling = context.alignment.couplings[k]
+        goals = _taps(c.taps, node, axis)
+        for mix, p, part in zip(mixes, parents, coupling.merge.split(coupling.widths, 1), strict=True):
+            origins = _taps(p[k].taps, node, axis)
+            if [g.index.shape[1] for g in goals] != [o.index.shape[1] for o in origins]:
+                return None
+            for goal, origin in zip(goals, origins, strict=True):
+                for to, of in zip(goal.index.T, origin.index.T, strict=True):
+                    mix[to[:, None], of] = part.to(mix)
+                    covered[to] = True
+    return tuple(mixes) if bool(covered.all()) else None
+
+
+def _taps(taps: Sequence[Tap], node: str, axis: int) -> list[Tap]:
+    return [t for t in taps if t.node == node and t.axis == axis]
