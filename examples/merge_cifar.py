@@ -1,4 +1,4 @@
-"""Merge pairs of CIFAR-10 networks with every matcher, and print how far each lands from its parents.
+"""Merge pairs of CIFAR-10 networks with every method, and print how far each lands from its parents.
 
     python examples/merge_cifar.py                   # downloads CIFAR-10 and trains a pair first
     python examples/merge_cifar.py --zoo FOLDER --data cifar10_jpeg.npz
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Ensemble, evaluate, table
+from common import evaluate, table
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,11 +27,28 @@ from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 import fxmerge
-from fxmerge.matchers import ActivationMatching, Average, WeightMatching
+from fxmerge.matchers import ActivationMatching, Average, CCAMerge, OTFusion, PLeaS, WeightMatching, ZipIt
+from fxmerge.repair import Distill, LeastSquares
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-MATCHERS = {"average": Average, "weights": WeightMatching, "activations": ActivationMatching}
+METHODS = {
+    "average, not repaired": (Average(), None),
+    "average": (Average(), "auto"),
+    "weights": (WeightMatching(), "auto"),
+    "activations": (ActivationMatching(), "auto"),
+    "transport": (OTFusion(), "auto"),
+    "cca": (CCAMerge(), "auto"),
+    "zipit": (ZipIt(), "auto"),
+    "pleas 1.45x": (PLeaS(1.45), "auto"),
+    "pleas 2.25x": (PLeaS(2.25), "auto"),
+    "activations, least squares": (ActivationMatching(), LeastSquares()),
+    "cca, least squares": (CCAMerge(), LeastSquares()),
+    "pleas 1.45x, least squares": (PLeaS(1.45), LeastSquares()),
+    "activations, distilled": (ActivationMatching(), Distill(first=LeastSquares())),
+    "pleas 1.45x, distilled": (PLeaS(1.45), Distill(first=LeastSquares())),
+}
+"""Matcher and repair; without more words, BatchNorm statistics are re-estimated."""
 
 
 class PadShortcut(nn.Module):
@@ -184,31 +201,35 @@ def train_zoo(args: argparse.Namespace) -> dict[str, dict[str, nn.Module]]:
 
 
 def compare(
-    pair: dict[str, nn.Module], calibration: tuple[Tensor, ...], images: Tensor, labels: Tensor, matchers: list[str]
+    pair: dict[str, nn.Module], calibration: tuple[Tensor, ...], images: Tensor, labels: Tensor, methods: list[str]
 ) -> str:
-    """The table of one pair: parents, the bare average, every matcher with its repair, and the ensemble."""
+    """The table of one pair: parents, the bare average, every method, and the ensemble."""
     a, b = pair.values()
-    measured: list[tuple[str, float, float, str]] = []
+    measured: list[tuple[str, float, float, str, str]] = []
+    one = sum(p.numel() for p in a.parameters())
 
     def measure(name: str, model: nn.Module, seconds: str = "") -> None:
-        measured.append((name, *evaluate(model, images, labels, normalise), seconds))
+        size = sum(p.numel() for p in model.parameters()) / one
+        measured.append((name, *evaluate(model, images, labels, normalise), f"{size:.2f}", seconds))
 
     for name, parent in pair.items():
         measure(name, parent)
-    jobs = [("average, no repair", "average", {"repair": None}), *((f"{m}, repaired", m, {}) for m in matchers)]
-    for name, matcher, options in jobs:
+    for name in methods:
+        matcher, repair = METHODS[name]
         start = time.process_time()
         merged = fxmerge.merge(
-            a, b, example_inputs=calibration[0][:2], data=calibration, matcher=MATCHERS[matcher](), **options
+            a, b, example_inputs=calibration[0][:2], data=calibration, matcher=matcher, repair=repair
         )
         measure(name, merged.module, f"{time.process_time() - start:.1f}")
-    measure("ensemble of logits", Ensemble(a, b))
+    measure("ensemble of logits", fxmerge.Ensemble(a, b))
 
     level = (measured[0][1] + measured[1][1]) / 2
     rows = [
-        (name, f"{acc:.2f}", f"{acc - level:+.2f}", f"{loss:.3f}", seconds) for name, acc, loss, seconds in measured
+        (name, f"{acc:.2f}", f"{acc - level:+.2f}", f"{loss:.3f}", size, seconds)
+        for name, acc, loss, size, seconds in measured
     ]
-    return table((f"{len(labels)} test images", "accuracy %", "from the parents", "loss", "CPU-s to merge"), rows)
+    header = (f"{len(labels)} test images", "accuracy %", "from the parents", "loss", "size", "CPU-s to merge")
+    return table(header, rows)
 
 
 def main() -> None:
@@ -219,15 +240,14 @@ def main() -> None:
     parser.add_argument(
         "--architectures", help=f"of {','.join(ARCHITECTURES)}; default: all of a zoo, the first to train"
     )
-    parser.add_argument("--matchers", default=",".join(MATCHERS), help="default: %(default)s")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=f"of {list(METHODS)}")
     parser.add_argument("--epochs", type=int, default=5, help="for training the parents")
     parser.add_argument("--calibration", type=int, default=2000, metavar="N", help="unlabelled training images")
     parser.add_argument("--calibration-seed", type=int, default=0)
     parser.add_argument("--test-images", type=int, default=10_000, metavar="N")
     args = parser.parse_args()
-    matchers = args.matchers.split(",")
-    if unknown := set(matchers) - set(MATCHERS):
-        parser.error(f"no matcher {', '.join(unknown)}; there are {', '.join(MATCHERS)}")
+    if unknown := set(args.methods) - set(METHODS):
+        parser.error(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     args.architectures = (args.architectures or ",".join(ARCHITECTURES if args.zoo else ["vgg11bn_quarter"])).split(",")
     if unknown := set(args.architectures) - set(ARCHITECTURES):
         parser.error(f"no architecture {', '.join(unknown)}; there are {', '.join(ARCHITECTURES)}")
@@ -242,7 +262,7 @@ def main() -> None:
     images, labels = cifar10("test", args.data, args.root, slice(args.test_images))
 
     for pair in pairs:
-        print("\n" + compare(dict(pair), calibration, images, labels, matchers), flush=True)
+        print("\n" + compare(dict(pair), calibration, images, labels, args.methods), flush=True)
 
 
 if __name__ == "__main__":

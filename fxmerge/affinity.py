@@ -36,6 +36,14 @@ class Affinity:
     widths: tuple[int, ...]
     count: int
 
+    @property
+    def score(self) -> Tensor:
+        """What an assignment maximises: correlations of activations; of weights inner products, scaled to be like them.
+
+        Weights may be a single number a neuron (a bias alone), of which a correlation sees only the sign.
+        """
+        return self.correlation if self.count else self.raw / self.raw.diagonal().mean().clamp_min(1e-30)
+
     def at(self, members: Sequence[Tensor]) -> Affinity:
         """Of some neurons only: per parent, which."""
         starts = [sum(self.widths[:k]) for k in range(len(self.widths))]

@@ -103,7 +103,7 @@ def _family(
         return {k: solve(seen[k], shares[k], widths.get(k, first[k].size))}
     placed = [{k: torch.arange(first[k].size) for k in family}]
     for b in range(1, len(problem.classes)):
-        scores = {k: seen[k].between(seen[k].correlation, 0, b) for k in family if k in seen}
+        scores = {k: seen[k].between(seen[k].score, 0, b) for k in family if k in seen}
         placed.append(match_family(first, family, scores))
     out = {}
     for k in family:

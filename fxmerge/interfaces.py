@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -57,9 +58,11 @@ class AbstractMatcher(ABC):
     def match(self, problem: Problem) -> Alignment:
         """Aligns all parents to the first."""
 
-    def __str__(self) -> str:
-        options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
-        return f"{type(self).__name__}({options})"
+    def __repr__(self) -> str:
+        """As one would write it: options that are not the default."""
+        known = inspect.signature(type(self)).parameters
+        options = [f"{k}={v!r}" for k, v in vars(self).items() if k in known and v != known[k].default]
+        return f"{type(self).__name__}({', '.join(options)})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,4 +99,4 @@ class AbstractRepair(ABC):
     def repair(self, module: fx.GraphModule, context: Context) -> str:
         """Repairs ``module`` and says in a few words what was done."""
 
-    __str__ = AbstractMatcher.__str__
+    __repr__ = AbstractMatcher.__repr__

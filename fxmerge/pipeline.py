@@ -247,7 +247,7 @@ def _best(models: Sequence[nn.Module], data: Iterable[Any] | None, progress: boo
             continue
         feed = feeder(result.report.classes.traced, options["input_fn"], _home(models))
         scores[name] = disagreement(result.module, models, result.report.weights, batches[-held:], feed)
-        if scores[name] <= min(scores.values()):
+        if name == min(scores, key=lambda n: scores[n]):
             best = candidate()
     if best is None:
         raise StructureError("no matcher fits these networks: " + "; ".join(failed))

@@ -393,7 +393,7 @@ def test_the_report_says_what_a_reader_needs():
     result = merge(net(0), net(1), data=[X], weights=(3, 1))
     text = str(result.report)
     for phrase in (
-        "merged 0.75 Net, 0.25 Net by ActivationMatching(at='read')",
+        "merged 0.75 Net, 0.25 Net by ActivationMatching()",
         "stem.weight:0",
         "14 of 22 neurons free; pinned:",
         "the network's input",
@@ -445,7 +445,7 @@ def test_a_result_is_saved_and_loaded(tmp_path):
     same(module, result.module)
     torch.testing.assert_close(module(X), result.module(X), rtol=0, atol=0)
     recipe = json.loads((folder / "recipe.json").read_text())
-    assert recipe["method"] == "ActivationMatching(at='read')"
+    assert recipe["method"] == "ActivationMatching()"
     assert recipe["weights"] == [0.75, 0.25]
     assert recipe["parents"] == ["Net", "Net"]
     assert "BatchNorm" in recipe["repair"]

@@ -93,7 +93,7 @@ class PLeaS(AbstractMatcher):
 
 def _match(affinity: Affinity, shares: Sequence[float], n: int) -> Coupling:
     found = [torch.arange(n)]
-    found += [assignment(affinity.between(affinity.correlation, 0, b)) for b in range(1, len(affinity.widths))]
+    found += [assignment(affinity.between(affinity.score, 0, b)) for b in range(1, len(affinity.widths))]
     return permuted(found, shares)
 
 

@@ -67,10 +67,6 @@ class Distill(AbstractRepair):
         self.steps, self.lr, self.features = steps, lr, features
         self.held, self.first, self.memory = held, first, memory
 
-    def __str__(self) -> str:
-        options = {k: str(v) if isinstance(v, AbstractRepair) else repr(v) for k, v in vars(self).items()}
-        return f"Distill({', '.join(f'{k}={v}' for k, v in options.items())})"
-
     def repair(self, module: fx.GraphModule, context: Context) -> str:
         said = "" if self.first is None else f"{self.first.repair(module, context)}; "
         calls = self._calls(context)
