@@ -8,7 +8,7 @@ not yet taken apart. Values that depend on neither inputs nor parameters are con
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,7 +91,8 @@ class Interpretation(Context):
         self.traced = traced
         self.unknown_ops: list[tuple[str, str]] = []
         self.seen: list[tuple[str, int, np.ndarray]] = []
-        self._labels: dict[int, tuple[Tensor, Label]] = {}  # id -> (the tensor, kept alive so that ids stay unique)
+        # id -> (the tensor, kept alive so that ids stay unique; its label, or what makes it once it is asked for)
+        self._labels: dict[int, tuple[Tensor, Label | Callable[[], Label]]] = {}
         self._names: dict[tuple[Any, ...], str] = {}
         self._state: dict[tuple[Any, ...], str] = {}
         self.aliases: dict[str, tuple[str, ...]] = {}
@@ -112,11 +113,17 @@ class Interpretation(Context):
 
     def label_of(self, t: Tensor) -> Label | None:
         """The label of a tensor; None for constants."""
-        held = self._labels.get(id(t))
+        held = self._held(t)
         if held is not None:
-            return held[1]
+            return held
         name = self._names.get(_key(t)) if t.numel() and not t.is_sparse else None
         return None if name is None else self._remember(t, self._parameter(name, t))
+
+    def _held(self, t: Tensor) -> Label | None:
+        found = self._labels.get(id(t))
+        if found is None:
+            return None
+        return found[1] if isinstance(found[1], Label) else self._remember(t, found[1]())
 
     def is_constant(self, t: Tensor) -> bool:
         """Whether a value depends on neither inputs nor parameters."""
@@ -126,9 +133,9 @@ class Interpretation(Context):
         """A buffer that is trained state (running statistics): labelled like a parameter."""
         if isinstance(t, Label):
             return t
-        held = self._labels.get(id(t))
+        held = self._held(t)
         if held is not None:
-            return held[1]
+            return held
         name = self._state.get(_key(t))
         return self.constant(t) if name is None else self._remember(t, self._parameter(name, t))
 
@@ -137,10 +144,10 @@ class Interpretation(Context):
 
         With groups, every group of rows has entries of its own along axis 1.
         """
-        held = self._labels.get(id(t))
+        held = self._held(t)
         name = self._names.get(_key(t))
         if held is not None or name is None:
-            return self.constant(t) if held is None else held[1]
+            return self.constant(t) if held is None else held
         count, inside = t.shape[:2]
         neurons = []
         rows = self.site(Site(name, 0), count)
@@ -202,6 +209,8 @@ class Interpretation(Context):
 
     def see(self, node: fx.Node, value: Any) -> None:
         """Notes in which dimension of a node's output which neurons show."""
+        if node.op == "get_attr":  # a parameter is labelled by its use
+            return
         if isinstance(value, Tensor) and (label := self.label_of(value)) is not None:
             for t in label.neurons:
                 axes = varying(t)
@@ -247,12 +256,12 @@ class Interpretation(Context):
             said = combine(
                 [zlib.crc32(name.encode()), *(self._kind(x) for x in pytree.tree_leaves(list(arguments.values())))]
             )
-            made = [replace(label, kind=combine([said, k])) for k, label in enumerate(made)]
+            made = [_called(label, combine([said, k])) for k, label in enumerate(made)]
         before = args[0] if function._schema.is_mutable and args else None
         for t, label in zip(outputs, made, strict=False):
             if t is before and t._base is not None and t._base is not t:
                 self._write_through(t, label)
-            self._remember(t, label)
+            self._labels[id(t)] = (t, label)
 
     def _kind(self, argument: Any) -> int:
         """A hash of one argument, for the kind of what an operation makes."""
@@ -283,6 +292,13 @@ class Interpretation(Context):
             return whole
 
         self._remember(base, self.join([around, label], write, around.shape))
+
+
+def _called(label: Any, kind: int) -> Any:
+    """The label, or what makes it, under the kind of the operation."""
+    if isinstance(label, Label):
+        return replace(label, kind=kind)
+    return lambda: replace(label(), kind=kind)
 
 
 def _same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:

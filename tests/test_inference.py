@@ -144,3 +144,41 @@ def test_float32_and_batch_size_do_not_matter() -> None:
     assert group_order(small) == case.order
     wide = fxmerge.infer_classes(case.make(), case.example_inputs[0].repeat(2, 1, 1, 1))
     assert group_order(wide) == case.order
+
+
+class Largest(nn.Module):
+    """The largest neuron: its value, or where it stands as well."""
+
+    def __init__(self, where: bool):
+        super().__init__()
+        self.inner, self.outer, self.where = nn.Linear(4, 6), nn.Linear(1, 3), where
+
+    def forward(self, x):
+        value, index = self.inner(x).max(1, keepdim=True)
+        return self.outer(value + index if self.where else value)
+
+
+@pytest.mark.parametrize(("where", "free"), [(False, 6), (True, 0)])
+def test_where_the_largest_neuron_stands_matters_only_if_it_is_used(where, free) -> None:
+    torch.manual_seed(0)
+    classes = fxmerge.infer_classes(Largest(where), torch.randn(5, 4))
+    assert classes.free == free
+
+
+class FunctionalGroups(nn.Module):
+    """A grouped convolution on a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.weight = nn.Parameter(torch.randn(8, 4, 3, 3))
+
+    def forward(self, x):
+        return self.last(nn.functional.conv2d(self.first(x).relu(), self.weight, groups=2).mean((2, 3), keepdim=True))
+
+
+def test_functional_and_module_groups_are_one() -> None:
+    model = FunctionalGroups().double()
+    classes = fxmerge.infer_classes(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert group_order(classes) == 2 * (24 * 24) ** 2  # two groups swap; inside each, 4 inputs and 4 outputs permute
+    assert fxmerge.verify(model, classes).ok

@@ -40,10 +40,8 @@ def reduced(ctx: Any, call: Any) -> Any:
     dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
     keepdim = bool(call.get("keepdim", False))
     if call.name in ("max", "min") and call.get("dim") is not None:
-        # values and indices: an index says where a neuron stands, so those reduced over may not move if it is used
-        value = ctx.reduce(x, dims, keepdim)
-        index = ctx.reduce(x, dims, keepdim)
-        return [value, index]
+        # an index says where a neuron stands: those reduced over may not move, but only if it is used
+        return [ctx.reduce(x, dims, keepdim), lambda: ctx.reduce(ctx.ordered(x, dims), dims, keepdim)]
     out = ctx.reduce(x, dims, keepdim)
     return [out] * len(call.shapes)
 
