@@ -1,6 +1,6 @@
 """How alike the neurons of all parents are: one matrix per class, from activations or from weights.
 
-With the features of neuron i in x_i (its activations over the data, or its incoming weights as read through what is
+With the features of neuron i in x_i (its activations over the data, or the weights around it as seen through what is
 already matched), everything that a method needs is in the inner products <x_i, x_j> over the neurons of all parents.
 """
 
@@ -23,7 +23,7 @@ class Affinity:
     """Inner products between the neurons of one class over all parents, [N, N] with N = n_a + n_b + ..
 
     Attributes:
-        raw: mean <x_i, x_j> over samples (or incoming weights).
+        raw: mean <x_i, x_j> over samples (or weights).
         centred: the same after subtracting each neuron's mean: covariances.
         correlation: in [-1, 1].
         widths: (n_a, n_b, ..).
@@ -75,7 +75,7 @@ def from_weights(
     k: int,
     settled: Mapping[int, Coupling],
 ) -> Affinity | None:
-    """Of incoming weights: rows that write class ``k``, their inputs in the fused network's coordinates.
+    """Of the weights that write and read class ``k``, their other axes in the fused network's coordinates.
 
     Only tensors whose other axes are ``settled`` are compared; None where there is none.
     """
@@ -85,7 +85,7 @@ def from_weights(
     found: Tensor | None = None
     for name in touched[0]:
         entries = [t[name] for t in touched]
-        mine = [s for s, c, _ in entries[0] if c == k and s not in parents[0].reads]
+        mine = [s for s, c, _ in entries[0] if c == k]
         others = {(s, c) for s, c, _ in entries[0] if s not in mine}
         if (
             name not in trained

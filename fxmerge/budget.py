@@ -68,7 +68,7 @@ class Costs:
 def _positions(classes: AxisClasses) -> dict[str, int]:
     """Parameter -> positions of the output that it is used at, per sample."""
     traced = classes.traced
-    found = {}
+    found: dict[str, int] = {}
     for node in traced.graph_module.graph.nodes:
         shape = traced.shapes.get(node.name)
         if node.op == "call_module" and shape is not None:
@@ -76,7 +76,8 @@ def _positions(classes: AxisClasses) -> dict[str, int]:
                 places = int(np.prod(shape[1:])) // max(
                     [1, *(shape[t.axis] for c in classes for t in c.taps if t.node == node.name and t.kind == "made")]
                 )
-                found[f"{node.target}.{name}"] = max(1, places)
+                key = f"{node.target}.{name}"
+                found[key] = found.get(key, 0) + max(1, places)  # a layer may run several times
     return found
 
 

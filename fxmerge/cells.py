@@ -17,6 +17,7 @@ from fxmerge.affinity import Affinity, from_moments, from_weights
 from fxmerge.coupling import permuted, side_by_side
 from fxmerge.interfaces import Problem
 from fxmerge.ir import Alignment, AxisClasses, Coupling
+from fxmerge.linalg import assignment
 from fxmerge.matching import families, match_family
 
 Solve = Callable[[Affinity, Sequence[float], int], Coupling]
@@ -38,7 +39,7 @@ def class_by_class(
         problem: the parents.
         solve: the method.
         method: what the alignment is called.
-        weights: compare incoming weights even where there are activations. Classes that no activation shows (inside
+        weights: compare weights even where there are activations. Classes that no activation shows (inside
             an opaque module, say) are always compared by weights.
         widths: class -> number of fused neurons, where it is not that of the first parent's.
         sweeps: rounds over the classes; after the first one, weights are compared given all other classes.
@@ -92,6 +93,24 @@ def class_by_class(
     notes = (f"matched on weights, since no activation shows them: {', '.join(hidden)}",) if hidden else ()
     couplings = tuple(settled[k] for k in range(len(first)))
     return Alignment(couplings, method, quality, notes), seen
+
+
+def permutations(affinity: Affinity) -> list[Tensor]:
+    """Per parent int64 [n]: the neurons that stand in for the first parent's, by summed score.
+
+    More than two parents: each is aligned to the first, then in turn to the mean of the others until nothing changes.
+    """
+    count = len(affinity.widths)
+    alike = {(a, b): affinity.between(affinity.score, a, b) for a in range(count) for b in range(count)}
+    found = [torch.arange(affinity.widths[0])]
+    found += [assignment(alike[0, b]) for b in range(1, count)]
+    for _ in range(20 if count > 2 else 0):
+        before = list(found)
+        for b in range(1, count):
+            found[b] = assignment(sum(alike[a, b][found[a]] for a in range(count) if a != b))  # type: ignore[arg-type]
+        if all(torch.equal(p, q) for p, q in zip(before, found, strict=True)):
+            break
+    return found
 
 
 def _family(

@@ -68,7 +68,6 @@ def fuse(
     touched = [p.by_tensor() for p in parents]
     targets = fused.by_tensor()
     maps = Maps(alignment.couplings)
-    trained = {n for n, _ in parents[0].traced.source.named_parameters(remove_duplicate=False)}
     out: dict[str, Tensor] = {}
     for name, first in states[0].items():
         values = [s[name] for s in states]
@@ -85,8 +84,6 @@ def fuse(
             part = _carry(value, touched[k][name], target, maps, k, parents[k], weights[k])
             total = part if total is None else total + part
         assert total is not None
-        if name not in trained and all(bool((v >= 0).all()) for v in values):  # a variance stays one under any map
-            total = total.clamp_min(min(float(v.min()) for v in values))
         out[name] = total.to(first.dtype)
     for name, aliases in parents[0].aliases.items():
         for alias in aliases:

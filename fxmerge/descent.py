@@ -54,10 +54,9 @@ class Descent:
         state: Mapping[str, Tensor],
         seed: int,
         start: Sequence[Tensor] | None = None,
-        only: Sequence[tuple[int, ...]] | None = None,
     ) -> None:
         self.classes, self.target, self.state = classes, target, state
-        self.families = families(classes) if only is None else list(only)
+        self.families = families(classes)
         self.entries = {n: e for n, e in classes.by_tensor().items() if n in target}
         self.found = [torch.arange(c.size) for c in classes] if start is None else list(start)
         self._arranged: dict[str, Tensor] = {}

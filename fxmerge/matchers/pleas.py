@@ -9,12 +9,11 @@ from torch import Tensor
 
 from fxmerge.affinity import Affinity
 from fxmerge.budget import Costs, spread
-from fxmerge.cells import class_by_class
+from fxmerge.cells import class_by_class, permutations
 from fxmerge.coupling import permuted
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractMatcher, Problem
 from fxmerge.ir import Alignment, Coupling
-from fxmerge.linalg import assignment
 from fxmerge.widths import resizable
 
 
@@ -92,9 +91,7 @@ class PLeaS(AbstractMatcher):
 
 
 def _match(affinity: Affinity, shares: Sequence[float], n: int) -> Coupling:
-    found = [torch.arange(n)]
-    found += [assignment(affinity.between(affinity.score, 0, b)) for b in range(1, len(affinity.widths))]
-    return permuted(found, shares)
+    return permuted(permutations(affinity), shares)
 
 
 def _permutations(coupling: Coupling) -> list[Tensor]:

@@ -100,6 +100,10 @@ def zipped(correlation: np.ndarray, owner: np.ndarray, n: int, alpha: float, bet
     best = alike.argmax(1)
     value = alike[np.arange(size), best]
     for _ in range(size - n):
+        if not np.isfinite(value.max()):
+            alike = _reopened(correlation, parent, models)
+            best = alike.argmax(1)
+            value = alike[np.arange(size), best]
         i = int(value.argmax())
         j = int(best[i])
         if not np.isfinite(value[i]):
@@ -131,3 +135,19 @@ def zipped(correlation: np.ndarray, owner: np.ndarray, n: int, alpha: float, bet
         best[which] = alike[which].argmax(1)
         value[which] = alike[which, best[which]]
     return np.unique(parent, return_inverse=True)[1]
+
+
+def _reopened(correlation: np.ndarray, parent: np.ndarray, models: np.ndarray) -> np.ndarray:
+    """Likeness of the clusters that are left, as their least alike members; none between two of one model only.
+
+    With more than two models, or unequal widths, all clusters may end up holding neurons that their models have no
+    budget left to merge: then those that hold several models are open to all.
+    """
+    alike = np.full(correlation.shape, -np.inf)
+    alive = np.unique(parent)
+    rows = np.stack([correlation[parent == i].min(0) for i in alive])
+    alike[np.ix_(alive, alive)] = np.stack([rows[:, parent == i].min(1) for i in alive], 1)
+    single = models.sum(1) == 1
+    alike[single[:, None] & single & (models.argmax(1)[:, None] == models.argmax(1))] = -np.inf
+    np.fill_diagonal(alike, -np.inf)
+    return alike
