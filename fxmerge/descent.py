@@ -174,6 +174,8 @@ class Descent:
                     shape = (g, a.shape[0] // g, inside, -1)
                     left, right = (t.reshape(shape).double().cpu() for t in (a, b))
                     if shape[1] > 1:
+                        if self.classes[row[1]].parents != self.classes[grouped[1]].parents:
+                            continue  # one of them lives deeper in the blocks: matched by what other tensors say
                         joints.append(Joint(row[1], grouped[1], left, right))
                     else:  # one row a group: the row is the group, and its entries are what there is to compare
                         at = grouped[2][:, 0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from fxmerge import export
@@ -133,6 +133,7 @@ def merge(
     )
     with preserved(*models), clock("fuse"):
         state = fuse(plan.classes, plan.fused, plan.alignment, plan.problem.states, plan.weights)
+        _keep_variances(state, plan)
         module = rewrite(plan.classes[0], state, plan.fused).to(plan.device)
         fused = replace(plan.fused, traced=replace(plan.fused.traced, graph_module=module, source=module))
         require_runs(fused)
@@ -260,6 +261,14 @@ def _best(models: Sequence[nn.Module], data: Iterable[Any] | None, progress: boo
 
 def _home(models: Sequence[nn.Module]) -> torch.device:
     return next(models[0].parameters(), torch.zeros(())).device
+
+
+def _keep_variances(state: dict[str, Tensor], plan: Plan) -> None:
+    """Running variances stay above the parents' least, whatever linear map they went through."""
+    for name in dict(plan.classes[0].traced.source.named_buffers(remove_duplicate=False)):
+        parents = [s[name] for s in plan.problem.states]
+        if state[name].is_floating_point() and all(bool((v >= 0).all()) for v in parents):
+            state[name].clamp_min_(min(float(v.min()) for v in parents if v.numel()))
 
 
 def _default_repair(module: fx.GraphModule, plan: Plan) -> AbstractRepair | None:

@@ -114,13 +114,29 @@ def choose_taps(classes: AxisClasses, kind: str = "read", most: int = 4) -> dict
 
     ``kind``: "read", what the next contraction reads (after activations); "made", what a contraction wrote.
     """
+    shown: dict[str, set[int]] = {}  # node -> axes along which neurons may move
+    for c in classes:
+        for t in c.taps if c.free and c.size > 1 else ():
+            shown.setdefault(t.node, set()).add(t.axis)
+    live = _from_inputs(classes)
     chosen = {}
     for k, c in enumerate(classes):
-        if c.free and c.taps:
-            taps = [t for t in c.taps if t.kind == kind] or list(c.taps)
+        # rows over another axis of neurons, or of a parameter, are not the same rows in every parent
+        seen = [t for t in c.taps if t.node in live and shown.get(t.node, {t.axis}) == {t.axis}]
+        if c.free and seen:
+            taps = [t for t in seen if t.kind == kind] or seen
             step = (len(taps) - 1) / max(most - 1, 1)
             chosen[k] = tuple(taps) if len(taps) <= most else tuple(taps[round(i * step)] for i in range(most))
     return chosen
+
+
+def _from_inputs(classes: AxisClasses) -> set[str]:
+    """Names of the nodes that depend on the network's inputs."""
+    found: set[str] = set()
+    for n in classes.traced.graph_module.graph.nodes:
+        if n.op == "placeholder" or any(m.name in found for m in n.all_input_nodes):
+            found.add(n.name)
+    return found
 
 
 class _Listener(fx.Interpreter):

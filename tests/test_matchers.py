@@ -70,7 +70,8 @@ def problem(models: Sequence[nn.Module], x: tuple[Tensor, ...], weights: Sequenc
     classes = tuple(fxmerge.infer_classes(m, x) for m in models)
     states = tuple(map(detached, models))
     shares = tuple(weights) or (1 / len(models),) * len(models)
-    return Problem(classes, states, (shares,) * len(classes[0]), frozenset(), options.pop("statistics", None), **options)
+    every = (shares,) * len(classes[0])
+    return Problem(classes, states, every, frozenset(), options.pop("statistics", None), **options)
 
 
 def moves(alignment: Alignment, parent: int) -> list[Tensor]:

@@ -52,7 +52,6 @@ METHODS: dict[str, tuple[AbstractMatcher, bool]] = {
     "pleas 1.5": (PLeaS(1.5, at="made"), True),
     "pleas weights": (PLeaS(cost="weights"), True),
 }
-BY_WEIGHTS = {"weights", "ot weights", "pleas weights"}
 
 
 # Networks ---------------------------------------------------------------------------------------------------
@@ -228,21 +227,9 @@ def far(expected: nn.Module, got: nn.Module, x: Tensor) -> float:
 # All methods on all networks --------------------------------------------------------------------------------
 
 
-def is_open(method: str, name: str) -> bool:
-    """What is known to fail; delete a line with its cause."""
-    if method == "weights":
-        return name == "shuffle"  # descent: a grouped weight whose inputs live deeper than its outputs: KeyError
-    # stats: rows over another axis of neurons, or of a parameter, are taken for the same rows in every parent
-    return name == "experts" and method not in BY_WEIGHTS and method not in ("cca", "ot reg")
-
-
 def rows(names: Iterable[str]) -> list[object]:
     names = list(names)
-    return [
-        pytest.param(m, n, marks=[pytest.mark.xfail(strict=True)] if is_open(m, n) and exact(m, n) else [])
-        for m in METHODS
-        for n in names
-    ]
+    return [pytest.param(m, n) for m in METHODS for n in names]
 
 
 def exact(method: str, name: str) -> bool:
@@ -461,7 +448,6 @@ def test_cca_refuses_data_that_shows_too_little():
     fxmerge.merge(a, b, data=[x, x[:1]], **options)
 
 
-@pytest.mark.xfail(strict=True, reason="repair=None leaves running variances below zero, and the outputs NaN")
 def test_a_variance_stays_one_under_a_map_with_signs():
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(5, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 2))
