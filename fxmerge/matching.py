@@ -10,11 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fxmerge.ir import AxisClasses
 from fxmerge.linalg import assignment
+
+Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,30 +204,46 @@ class _Solver:
             int(self.classes[joint.outer].blocks[m[0], self.classes[joint.outer].parents.index(parent)])
             for m in (ao, bo)
         ]
-        x, y = joint.left[group[0]], joint.right[group[1]]
         so, sc = self._score(joint.outer, ao, bo, out_mask), self._score(joint.inner, ac, bc, in_mask)
-        best: tuple[float, Tensor, Tensor] | None = None
-        here = torch.arange(len(ac))
-        on_out = sc + torch.einsum("ocr,odr->cd", x, y[assignment(so)])
-        starts = (assignment(sc), assignment(on_out), assignment(sc.masked_fill(here[:, None] == here, 1e9)))
-        for pc in {tuple(p.tolist()): p for p in starts}.values():
-            reached = -float("inf")
-            for _ in range(4):
-                po = assignment(so + torch.einsum("ocr,pcr->op", x, y[:, pc]))
-                given = sc + torch.einsum("ocr,odr->cd", x, y[po])
-                pc = assignment(given)
-                value = float(given[here, pc].sum() + so[torch.arange(len(po)), po].sum())
-                if best is None or value > best[0]:
-                    best = (value, po, pc)
-                if value <= reached + 1e-12:
-                    break
-                reached = value
-        assert best is not None
-        self._settle(joint.outer, ao, bo[best[1]])
-        self._settle(joint.inner, ac, bc[best[2]])
-        return best[0]
+        value, po, pc = _alternate(joint.left[group[0]].numpy(), joint.right[group[1]].numpy(), so.numpy(), sc.numpy())
+        self._settle(joint.outer, ao, bo[torch.from_numpy(po)])
+        self._settle(joint.inner, ac, bc[torch.from_numpy(pc)])
+        return value
 
     def _settle(self, k: int, at: Tensor, value: Tensor) -> None:
         full = self.known[k].clone() if k in self.known else torch.full((self.classes[k].size,), -1)
         full[at] = value
         self.known[k] = full
+
+
+def _alternate(x: Array, y: Array, score_out: Array, score_in: Array) -> tuple[float, Ints, Ints]:
+    """Rows and columns of y [out, in, rest] that match x best, each given the other, from a few starts.
+
+    In plain arrays: this runs for every pair of groups, on matrices of a few neurons.
+    """
+    outs, ins = x.shape[:2]
+    flat, turned = x.reshape(outs, -1), x.transpose(1, 0, 2).reshape(ins, -1)
+
+    def solve(score: Array) -> Ints:
+        return linear_sum_assignment(score, maximize=True)[1]
+
+    def given_rows(po: Ints) -> Array:
+        return score_in + turned @ y[po].transpose(1, 0, 2).reshape(ins, -1).T
+
+    here = np.arange(ins)
+    starts = {tuple(p): p for p in (solve(score_in), solve(given_rows(solve(score_out))), here)}
+    best: tuple[float, Ints, Ints] | None = None
+    for pc in starts.values():
+        reached = -np.inf
+        for _ in range(4):
+            po = solve(score_out + flat @ y[:, pc].reshape(outs, -1).T)
+            given = given_rows(po)
+            pc = solve(given)
+            value = float(given[here, pc].sum() + score_out[np.arange(outs), po].sum())
+            if best is None or value > best[0]:
+                best = (value, po, pc)
+            if value <= reached + 1e-12:
+                break
+            reached = value
+    assert best is not None
+    return best
