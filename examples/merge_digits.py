@@ -13,10 +13,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import Ensemble, evaluate, table
-from sklearn.datasets import load_digits
+from common import Ensemble, digits, evaluate, table, train
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fxmerge
 from fxmerge.matchers import ActivationMatching, Average, WeightMatching
@@ -107,34 +105,6 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "transformer": Transformer,
 }
 MATCHERS = {"average": Average, "weights": WeightMatching, "activations": ActivationMatching}
-
-
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images [1198, 1, 8, 8] in [0, 1], their labels, and the held-out third."""
-    images, labels = load_digits(return_X_y=True)
-    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    y = torch.tensor(labels, dtype=torch.int64)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    train, held_out = order[: 2 * len(y) // 3], order[2 * len(y) // 3 :]
-    return x[train], y[train], x[held_out], y[held_out]
-
-
-def train(build: Callable[[], nn.Module], seed: int, images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
-    torch.manual_seed(seed)
-    model = build().train()
-    steps = len(images) // 64
-    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=epochs * steps)
-    bar = tqdm(range(epochs), desc=f"training, seed {seed}", unit="epoch", disable=None)
-    for _ in bar:
-        for index in torch.randperm(len(images)).split(64)[:steps]:
-            loss = F.cross_entropy(model(images[index]), labels[index])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    return model.eval()
 
 
 def main() -> None:
