@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,30 +48,36 @@ def resizable(classes: AxisClasses, candidates: Iterable[int] | None = None) -> 
             k for k, c in enumerate(classes) if c.free and c.sites and not c.parents and not classes.children(k)
         ]
 
-    def keeps(group: Sequence[int]) -> list[int]:
-        if not group or _works(classes, group):
-            return list(group)
-        if len(group) == 1:
-            return []
-        half = len(group) // 2
-        good = keeps(group[:half]) + keeps(group[half:])
-        return good if len(good) < len(group) and _works(classes, good) else _one_by_one(classes, good)
-
-    return frozenset(keeps(list(candidates)))
+    good = list(candidates)
+    if _grown(classes, good) is None:  # running alone is cheap, and tells most of them apart
+        good = [k for k in good if _grown(classes, [k]) is not None]
+    if not _works(classes, good):
+        good = _largest(good, lambda group: _works(classes, group))
+    return frozenset(good)
 
 
-def _one_by_one(classes: AxisClasses, candidates: Sequence[int]) -> list[int]:
-    good: list[int] = []
-    for k in candidates:
-        if _works(classes, [*good, k]):
-            good.append(k)
+def _largest(group: list[int], fits: Callable[[list[int]], bool]) -> list[int]:
+    """A part of the group that fits, as large as trying in halves finds."""
+    if not group or fits(group):
+        return group
+    if len(group) == 1:
+        return []
+    half = len(group) // 2
+    parts = _largest(group[:half], fits), _largest(group[half:], fits)
+    good = parts[0] + parts[1]
+    if len(good) < len(group) and fits(good):
+        return good
+    good = parts[0]
+    for k in parts[1]:
+        if fits([*good, k]):
+            good = [*good, k]
     return good
 
 
-def _works(classes: AxisClasses, group: Sequence[int]) -> bool:
-    """Whether the network runs with these classes wider, each by another number, and has the classes of the layout."""
+def _grown(classes: AxisClasses, group: Sequence[int]) -> tuple[AxisClasses, fx.GraphModule] | None:
+    """The network with these classes wider, each by another number; None where it does not run."""
     draw = torch.Generator().manual_seed(0)
-    more = 3 + torch.randperm(2 * len(group), generator=draw)  # one more may pass: 9 in chunks are 5 and 4
+    more = 3 + 2 * torch.randperm(len(group), generator=draw)  # odd, since halves and pairs are what graphs divide by
     fused = resized(classes, {k: classes[k].size + int(m) for k, m in zip(group, more, strict=False)})
     state = full_state(classes.traced.graph_module)
     wide = {
@@ -81,12 +87,24 @@ def _works(classes: AxisClasses, group: Sequence[int]) -> bool:
         for name, shape in shapes(fused, state).items()
     }
     module = rewrite(classes, wide, fused)
-    traced = replace(classes.traced, graph_module=module, source=module)
     try:
         with evaluating(module):
-            fx.Interpreter(module).run(*bind(module.graph, fresh(traced.args), fresh(dict(traced.kwargs))))
-        found = infer_classes(traced)
+            given = classes.traced
+            fx.Interpreter(module).run(*bind(module.graph, fresh(given.args), fresh(dict(given.kwargs))))
     except Exception:  # whatever a layer of someone else's raises where widths do not fit
+        return None
+    return fused, module
+
+
+def _works(classes: AxisClasses, group: Sequence[int]) -> bool:
+    """Whether the network runs with these classes wider and has the classes that the layout says."""
+    grown = _grown(classes, group)
+    if grown is None:
+        return False
+    fused, module = grown
+    try:
+        found = infer_classes(replace(classes.traced, graph_module=module, source=module))
+    except FxMergeError:
         return False
     if len(found) != len(fused):
         return False
