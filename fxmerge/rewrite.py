@@ -45,8 +45,9 @@ def rewrite(classes: AxisClasses, state: Mapping[str, Tensor], fused: AxisClasse
     traced = classes.traced
     source = copy.deepcopy(traced.source)
     module = fx.GraphModule(source, copy.deepcopy(traced.graph_module.graph), class_name=type(source).__name__)
+    held = full_state(module).keys()
     for name, value in full_state(traced.graph_module).items():  # constants that tracing itself made
-        if name not in full_state(module):
+        if name not in held:
             _attach(module, name, value)
     _complete(module, source)
     if fused is not None:
