@@ -9,7 +9,7 @@ networks side by side four times one.
 
 from collections import defaultdict
 
-from common import ConvNet, Ensemble, accuracy, arguments, average, cell, digits, figure, save, size, table, train
+from common import ConvNet, accuracy, arguments, average, cell, digits, figure, save, size, table, train
 from tqdm import tqdm
 
 import fxmerge
@@ -28,7 +28,7 @@ def main() -> None:
         seed = args.seed + 2 * repeat
         parents = [train(ConvNet, s, images, labels, args.epochs) for s in (seed, seed + 1)]
         alone += [accuracy(parent, *held_out) for parent in parents]
-        together.append(accuracy(Ensemble(*parents), *held_out))
+        together.append(accuracy(fxmerge.Ensemble(*parents), *held_out))
         for budget in tqdm(budgets, desc=f"merging, pair {repeat + 1}", disable=None, leave=False):
             for name, repair in REPAIRS.items():
                 result = fxmerge.merge(

@@ -39,18 +39,6 @@ class Perceptron(nn.Sequential):
         )  # fmt: skip
 
 
-class Ensemble(nn.Module):
-    """The mean of the members' logits: as many forward passes as members, and the ceiling for one merged network."""
-
-    def __init__(self, *members: nn.Module, weights: Sequence[float] | None = None):
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self.weights = weights or [1 / len(members)] * len(members)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([w * member(x) for w, member in zip(self.weights, self.members, strict=True)]).sum(0)
-
-
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images [1198, 1, 8, 8] in [0, 1], their labels, and the held-out third."""
     from sklearn.datasets import load_digits

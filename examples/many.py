@@ -9,7 +9,7 @@ same data from different seeds, and every result has the size of one of them.
 from collections import defaultdict
 from functools import partial
 
-from common import ConvNet, Ensemble, accuracy, arguments, average, cell, digits, figure, save, table, train
+from common import ConvNet, accuracy, arguments, average, cell, digits, figure, save, table, train
 from tqdm import tqdm
 
 import fxmerge
@@ -43,7 +43,7 @@ def main() -> None:
             for name, options in METHODS.items():
                 result = fxmerge.merge(*parents, example_inputs=images[:2], data=calibration, progress=False, **options)
                 found[name, number].append(accuracy(result.module, *held_out))
-            found["ensemble", number].append(accuracy(Ensemble(*parents), *held_out))
+            found["ensemble", number].append(accuracy(fxmerge.Ensemble(*parents), *held_out))
 
     names = ["parents", *METHODS, "ensemble"]
     rows = [(name, *(cell(found[name, number]) for number in numbers)) for name in names]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import Ensemble, digits, evaluate, table, train
+from common import digits, evaluate, table, train
 from torch import Tensor, nn
 
 import fxmerge
@@ -142,7 +142,7 @@ def main() -> None:
             **options,
         )
         measure(name, result.module, time.perf_counter() - start)
-    measure("ensemble of A and B", Ensemble(*parents), None)
+    measure("ensemble of A and B", fxmerge.Ensemble(*parents), None)
 
     print(result.report, end="\n\n")
     print(table(("digits, held-out third", "accuracy %", "loss", "seconds"), rows))

@@ -11,7 +11,7 @@ from collections import defaultdict
 from functools import partial
 
 import torch
-from common import Ensemble, Perceptron, accuracy, arguments, average, cell, digits, figure, save, table, train
+from common import Perceptron, accuracy, arguments, average, cell, digits, figure, save, table, train
 from torch import Tensor
 from tqdm import tqdm
 
@@ -57,7 +57,7 @@ def main() -> None:
                 for name, options in METHODS.items():
                     module = merge(weights=weights, **options).module
                     found[start, name, share].append(accuracy(module, *held_out))
-                found[start, "ensemble", share].append(accuracy(Ensemble(*parents, weights=weights), *held_out))
+                found[start, "ensemble", share].append(accuracy(fxmerge.Ensemble(*parents, weights=weights), *held_out))
 
     names = [*METHODS, "ensemble"]
     fig, panels = figure(len(STARTS))

@@ -8,7 +8,7 @@ convolutional networks with BatchNorm. Rows are methods of matching, columns wha
 
 from collections import defaultdict
 
-from common import ConvNet, Ensemble, accuracy, arguments, average, bars, cell, digits, figure, save, table, train
+from common import ConvNet, accuracy, arguments, average, bars, cell, digits, figure, save, table, train
 from tqdm import tqdm
 
 import fxmerge
@@ -41,7 +41,7 @@ def main() -> None:
         seed = args.seed + 2 * repeat
         parents = [train(ConvNet, s, images, labels, args.epochs) for s in (seed, seed + 1)]
         alone += [accuracy(parent, *held_out) for parent in parents]
-        together.append(accuracy(Ensemble(*parents), *held_out))
+        together.append(accuracy(fxmerge.Ensemble(*parents), *held_out))
         jobs = [(matcher, repair) for matcher in matchers for repair in repairs]
         for matcher, repair in tqdm(jobs, desc=f"merging, pair {repeat + 1}", disable=None, leave=False):
             result = fxmerge.merge(

@@ -10,7 +10,7 @@ width; ZipIt! does the same by merging neurons inside B.
 from collections import defaultdict
 from functools import partial
 
-from common import ConvNet, Ensemble, accuracy, arguments, average, cell, digits, figure, save, table, train
+from common import ConvNet, accuracy, arguments, average, cell, digits, figure, save, table, train
 from tqdm import tqdm
 
 import fxmerge
@@ -36,7 +36,7 @@ def main() -> None:
         a = train(partial(ConvNet, WIDTH), seed, images, labels, args.epochs)
         for factor in tqdm(factors, desc=f"widths, repeat {repeat + 1}", disable=None, leave=False):
             b = train(partial(ConvNet, round(factor * WIDTH)), seed + 1, images, labels, args.epochs)
-            modules = {"A": a, "B": b, "ensemble": Ensemble(a, b)}
+            modules = {"A": a, "B": b, "ensemble": fxmerge.Ensemble(a, b)}
             for name, options in METHODS.items():
                 result = fxmerge.merge(
                     a, b, example_inputs=images[:2], data=images.split(200), progress=False, **options
