@@ -679,3 +679,26 @@ def test_shares_per_class_give_the_weights_worked_out_by_hand():
             torch.testing.assert_close(found[n], share * one[n] + (1 - share) * two[n], rtol=1e-12, atol=1e-12)
     with pytest.raises(InputError, match="weights for 'trunk'"):
         fxmerge.merge(a, b, example_inputs=x, weights={"trunk": (1, 0)}, progress=False)
+
+
+# Scales of a ground cost ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["max", "mean", "median", "log"])
+def test_the_scale_of_costs_sets_how_soft_a_plan_is(scale):
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(12, 30, dtype=torch.float64, generator=generator)
+    gram = points @ points.T
+    affinity = Affinity(gram, gram, torch.eye(12, dtype=torch.float64), (6, 6), 30)
+    merge = OTFusion(reg=0.1, scale=scale)._solve(affinity, (0.5, 0.5), 6).merge[:, 6:] * 2
+    cost = (points[:6, None] - points[None, 6:]).square().sum(2)
+    cost = cost.log1p() if scale == "log" else cost
+    size = {"max": cost.max(), "mean": cost.mean(), "median": cost.median(), "log": cost.max()}[scale]
+    uniform = torch.full((6,), 1 / 6, dtype=torch.float64)
+    expected = 6 * transport(uniform, uniform, cost, 0.1 * float(size / cost.max()))
+    torch.testing.assert_close(merge, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_scales_that_do_not_exist_are_refused():
+    with pytest.raises(InputError, match=r"OTFusion\(scale='sum'\): choose one of 'max', 'mean', 'median', 'log'"):
+        OTFusion(scale="sum")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,13 @@ from fxmerge.interfaces import AbstractMatcher, Problem
 from fxmerge.ir import Alignment, Coupling
 from fxmerge.linalg import assignment, transport
 from fxmerge.widths import resizable
+
+_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": Tensor.max,
+    "mean": Tensor.mean,
+    "median": Tensor.median,
+    "log": Tensor.max,
+}
 
 
 class OTFusion(AbstractMatcher):
@@ -30,7 +37,9 @@ class OTFusion(AbstractMatcher):
     Args:
         cost: "activations" (needs data) or "weights", incoming ones as read through what is already matched.
         metric: "euclidean" (squared) or "cosine".
-        reg: entropic regularisation relative to the largest cost; 0 solves exactly.
+        reg: entropic regularisation relative to the scale of the costs; 0 solves exactly.
+        scale: what that is: "max", "mean" or "median" of the costs; or "log", costs become log(1 + cost) over their
+            largest, which also lets the exact plan mind far neurons less.
         importance: "uniform" masses, or "norm": proportional to a neuron's root mean square.
         barycenter: rounds of moving the fused neurons to the mean of what is transported to them; 0 keeps the first
             parent's.
@@ -46,6 +55,7 @@ class OTFusion(AbstractMatcher):
         cost: str = "activations",
         metric: str = "euclidean",
         reg: float = 0.0,
+        scale: str = "max",
         importance: str = "uniform",
         barycenter: int = 0,
         width: float = 1.0,
@@ -55,6 +65,7 @@ class OTFusion(AbstractMatcher):
         for name, value, known in (
             ("cost", cost, ("activations", "weights")),
             ("metric", metric, ("euclidean", "cosine")),
+            ("scale", scale, tuple(_SCALES)),
             ("importance", importance, ("uniform", "norm")),
             ("at", at, ("read", "made")),
         ):
@@ -62,7 +73,7 @@ class OTFusion(AbstractMatcher):
                 raise InputError(f"OTFusion({name}={value!r}): choose one of {', '.join(map(repr, known))}")
         if reg < 0 or barycenter < 0 or width <= 0 or sweeps < 1:
             raise InputError("OTFusion: reg and barycenter must not be negative; width and sweeps must be positive")
-        self.cost, self.metric, self.reg, self.importance = cost, metric, reg, importance
+        self.cost, self.metric, self.reg, self.scale, self.importance = cost, metric, reg, scale, importance
         self.barycenter, self.width, self.at, self.sweeps = barycenter, width, at, sweeps
         self.needs_data = cost == "activations"
 
@@ -105,12 +116,15 @@ class OTFusion(AbstractMatcher):
             cost = 1 - inner / norms.clamp_min(1e-30)
         else:
             cost = (size_a[:, None] + size_b[None, :] - 2 * inner).clamp_min(0)
+        if self.scale == "log":
+            cost = cost.log1p()
         u, v = (self._masses(s) for s in (size_a, size_b))
         if self.reg == 0 and len(u) == len(v) and self.importance == "uniform":
             plan = torch.zeros_like(cost)
             plan[torch.arange(len(u)), assignment(-cost)] = 1 / len(u)
             return plan
-        return transport(u, v, cost, self.reg)
+        reg = self.reg * float(_SCALES[self.scale](cost) / cost.max().clamp_min(1e-30))
+        return transport(u, v, cost, reg)
 
     def _masses(self, size: Tensor) -> Tensor:
         mass = torch.ones_like(size) if self.importance == "uniform" else size.clamp_min(0).sqrt()
