@@ -11,9 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fxmerge.matchers import ActivationMatching, Average, CCAMerge, OTFusion, PLeaS, WeightMatching, ZipIt
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+MATCHERS = {
+    "average": Average(),
+    "weight matching": WeightMatching(),
+    "activation matching": ActivationMatching(),
+    "OTFusion": OTFusion(),
+    "CCA Merge": CCAMerge(),
+    "ZipIt!": ZipIt(),
+    "PLeaS, 1.5x": PLeaS(budget=1.5),
+}
 
 
 class ConvNet(nn.Sequential):

@@ -11,24 +11,15 @@ from collections import defaultdict
 from functools import partial
 
 import torch
-from common import ConvNet, accuracy, arguments, bars, cell, digits, figure, save, table, train
+from common import MATCHERS, ConvNet, accuracy, arguments, bars, cell, digits, figure, save, table, train
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fxmerge
-from fxmerge.matchers import ActivationMatching, Average, CCAMerge, OTFusion, PLeaS, WeightMatching, ZipIt
+from fxmerge.matchers import ZipIt
 from fxmerge.repair import LeastSquares, ResetBatchNorm
 
-MATCHERS = {
-    "average": Average(),
-    "weight matching": WeightMatching(),
-    "activation matching": ActivationMatching(),
-    "OTFusion": OTFusion(),
-    "CCA Merge": CCAMerge(),
-    "ZipIt!": ZipIt(),
-    "ZipIt!, last layer apart": ZipIt(until="7"),
-    "PLeaS, 1.5x": PLeaS(budget=1.5),
-}
+METHODS = MATCHERS | {"ZipIt!, last layer apart": ZipIt(until="7")}
 REPAIRS = {"BatchNorm reset": ResetBatchNorm(), "least squares": LeastSquares()}
 COLUMNS = ("digits 0 to 4", "digits 5 to 9", "all ten, concat")
 
@@ -57,7 +48,7 @@ class SideBySide(nn.Module):
 
 def main() -> None:
     args = arguments(__doc__, epochs=10, repeats=2)
-    matchers = list(MATCHERS)[:: 3 if args.quick else 1]
+    matchers = list(METHODS)[:: 3 if args.quick else 1]
     images, labels, *held_out = digits()
     later = labels >= 5
     tests = [(x[own], y[own] % 5) for x, y in [held_out] for own in (y < 5, y >= 5)]
@@ -80,7 +71,7 @@ def main() -> None:
             measure("parents side by side", repair, parents, SideBySide(*parents))
         jobs = [(name, repair) for name in matchers for repair in REPAIRS]
         for name, repair in tqdm(jobs, desc=f"merging, pair {repeat + 1}", disable=None, leave=False):
-            options = {"matcher": MATCHERS[name], "repair": REPAIRS[repair]}
+            options = {"matcher": METHODS[name], "repair": REPAIRS[repair]}
             apart, joint = (merge(heads=heads, **options).module for heads in ("separate", "concat"))
             measure(name, repair, [Head(apart, k) for k in range(2)], joint)
 

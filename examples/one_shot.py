@@ -8,22 +8,11 @@ convolutional networks with BatchNorm. Rows are methods of matching, columns wha
 
 from collections import defaultdict
 
-from common import ConvNet, accuracy, arguments, average, bars, cell, digits, figure, save, table, train
+from common import MATCHERS, ConvNet, accuracy, arguments, average, bars, cell, digits, figure, save, table, train
 from tqdm import tqdm
 
 import fxmerge
-from fxmerge.matchers import ActivationMatching, Average, CCAMerge, OTFusion, PLeaS, WeightMatching, ZipIt
 from fxmerge.repair import Distill, LeastSquares, ResetBatchNorm
-
-MATCHERS = {
-    "average": Average(),
-    "weight matching": WeightMatching(),
-    "activation matching": ActivationMatching(),
-    "OTFusion": OTFusion(),
-    "CCA Merge": CCAMerge(),
-    "ZipIt!": ZipIt(),
-    "PLeaS, 1.5x": PLeaS(budget=1.5),
-}
 
 
 def main() -> None:

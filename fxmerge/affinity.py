@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxmerge.coupling import Maps
+from fxmerge.coupling import Entry, Maps
 from fxmerge.ir import AxisClasses, Coupling
 from fxmerge.linalg import correlation
 from fxmerge.stats import Moments
@@ -44,10 +44,14 @@ class Affinity:
         """
         return self.correlation if self.count else self.raw / self.raw.diagonal().mean().clamp_min(1e-30)
 
+    @property
+    def starts(self) -> list[int]:
+        """Where each parent's neurons begin."""
+        return [sum(self.widths[:k]) for k in range(len(self.widths))]
+
     def at(self, members: Sequence[Tensor]) -> Affinity:
         """Of some neurons only: per parent, which."""
-        starts = [sum(self.widths[:k]) for k in range(len(self.widths))]
-        i = torch.cat([m + s for m, s in zip(members, starts, strict=True)]).to(self.raw.device)
+        i = torch.cat([m + s for m, s in zip(members, self.starts, strict=True)]).to(self.raw.device)
         raw, centred, alike = (x[i][:, i] for x in (self.raw, self.centred, self.correlation))
         return Affinity(raw, centred, alike, tuple(len(m) for m in members), self.count)
 
@@ -71,19 +75,21 @@ def from_moments(taps: Sequence[Moments]) -> Affinity:
 
 def from_weights(
     parents: Sequence[AxisClasses],
+    touched: Sequence[Mapping[str, Sequence[Entry]]],
     states: Sequence[Mapping[str, Tensor]],
     k: int,
     settled: Mapping[int, Coupling],
 ) -> Affinity | None:
     """Of the weights that write and read class ``k``, their other axes in the fused network's coordinates.
 
+    ``touched`` is every parent's ``by_tensor()``.
+
     Only tensors whose other axes are ``settled`` are compared; None where there is none.
     """
     maps = Maps(settled)
-    touched = [p.by_tensor() for p in parents]
     trained = {n for n, _ in parents[0].traced.source.named_parameters(remove_duplicate=False)}
     found: Tensor | None = None
-    for name in touched[0]:
+    for name in sorted({s.parameter for s in parents[0][k].sites}):
         entries = [t[name] for t in touched]
         mine = [s for s, c, _ in entries[0] if c == k]
         others = {(s, c) for s, c, _ in entries[0] if s not in mine}
@@ -100,20 +106,11 @@ def from_weights(
         for p, state in enumerate(states):
             value = state[name].double()
             for site in sorted({s for s, _, _ in entries[p] if s.axis != mine[0].axis and s.groups == 1}):
-                parts = [
-                    maps(c, p, False)(
-                        value.index_select(site.axis, i.reshape(-1).to(value.device)).unflatten(
-                            site.axis, tuple(i.shape)
-                        ),
-                        site.axis,
-                    ).flatten(site.axis, site.axis + 1)
-                    for s, c, i in entries[p]
-                    if s == site
-                ]
-                value = torch.cat(parts, site.axis)
+                here = [(c, i) for s, c, i in entries[p] if s == site]
+                parts = [maps(c, p, False)(_places(value, site.axis, i), site.axis) for c, i in here]
+                value = torch.cat([x.flatten(site.axis, site.axis + 1) for x in parts], site.axis)
             index = next(i for s, c, i in entries[p] if c == k and s.axis == mine[0].axis)
-            rows = value.index_select(mine[0].axis, index.reshape(-1).to(value.device)).movedim(mine[0].axis, 0)
-            features.append(rows.reshape(len(index), -1))
+            features.append(_places(value, mine[0].axis, index).movedim(mine[0].axis, 0).reshape(len(index), -1))
         if len({f.shape[1] for f in features}) == 1:
             x = torch.cat(features)
             found = x @ x.T if found is None else found + x @ x.T
@@ -122,3 +119,8 @@ def from_weights(
     size = found.diagonal()
     widths = tuple(p[k].size for p in parents)
     return Affinity(found, found, correlation(found, size, size), widths, 0)
+
+
+def _places(value: Tensor, axis: int, index: Tensor) -> Tensor:
+    """[.., n, m, ..]: the m places along an axis of each of n neurons."""
+    return value.index_select(axis, index.reshape(-1).to(value.device)).unflatten(axis, tuple(index.shape))

@@ -47,52 +47,46 @@ def class_by_class(
     Returns:
         The alignment, and per class what it was made from.
     """
-    parents = problem.classes
-    first = parents[0]
-    moments = problem.statistics.moments if problem.statistics is not None and not weights else {}
-    settled: dict[int, Coupling] = {}
-    for k, c in enumerate(first):
-        sizes = [p[k].size for p in parents]
-        if k in problem.apart:
-            settled[k] = side_by_side(sizes)
-        elif not c.free:
-            settled[k] = permuted([torch.arange(c.size)] * len(parents), problem.shares[k])
-    seen: dict[int, Affinity] = {k: from_moments(m) for k, m in moments.items()}
-    known = set(seen)
+    first = problem.classes[0]
+    touched = [p.by_tensor() for p in problem.classes]
+    shown = problem.statistics.moments if problem.statistics is not None and not weights else {}
+    seen: dict[int, Affinity] = {k: from_moments(m) for k, m in shown.items()}
+    settled = {k: _kept(problem, k) for k, c in enumerate(first) if not c.free}
     groups = families(first)
-    if not any(first[k].sites and k not in known for f in groups for k in f):
-        sweeps = 1
-    with tqdm(total=sweeps * len(groups), desc=method, disable=not problem.progress, leave=False) as bar:
-        for _ in range(sweeps):
+    hidden = {k for family in groups for k in family if first[k].sites and k not in shown}
+    rounds = sweeps if hidden else 1
+    with tqdm(total=rounds * len(groups), desc=method, disable=not problem.progress, leave=False) as bar:
+        for _ in range(rounds):
             waiting = list(groups)
             while waiting:
                 stuck = []
                 for family in waiting:
-                    for k in family:
-                        if k not in known and first[k].sites:
-                            others = {c: v for c, v in settled.items() if c not in family}
-                            found = from_weights(parents, problem.states, k, others)
-                            if found is not None:
-                                seen[k] = found
+                    others = {c: v for c, v in settled.items() if c not in family}
+                    for k in hidden & set(family):
+                        found = from_weights(problem.classes, touched, problem.states, k, others)
+                        seen |= {} if found is None else {k: found}
                     if any(k in seen for k in family):
                         settled |= _family(problem, family, seen, solve, widths or {})
                         bar.update()
                     else:
                         stuck.append(family)
-                if len(stuck) == len(waiting):  # nothing says anything about these
-                    for family in stuck:
-                        for k in family:
-                            sizes = [p[k].size for p in parents]
-                            alike = len(set(sizes)) == 1
-                            here = [torch.arange(sizes[0])] * len(sizes)
-                            settled[k] = permuted(here, problem.shares[k]) if alike else side_by_side(sizes)
+                if len(stuck) == len(waiting):
                     break
                 waiting = stuck
+    settled |= {k: _kept(problem, k) for k in range(len(first)) if k not in settled}  # nothing says anything of these
     quality = {k: _quality(seen[k], settled[k]) for k in seen if k in settled}
-    hidden = [first[k].name for k in seen if k not in known and first[k].free and moments]
-    notes = (f"matched on weights, since no activation shows them: {', '.join(hidden)}",) if hidden else ()
+    names = ", ".join(first[k].name for k in sorted(hidden & set(seen)))
+    notes = (f"matched on weights, since no activation shows them: {names}",) if names and shown else ()
     couplings = tuple(settled[k] for k in range(len(first)))
     return Alignment(couplings, method, quality, notes), seen
+
+
+def _kept(problem: Problem, k: int) -> Coupling:
+    """Neurons that stay: each in its place or, where the parents have their own, side by side."""
+    sizes = [p[k].size for p in problem.classes]
+    if k in problem.apart or len(set(sizes)) > 1:
+        return side_by_side(sizes)
+    return permuted([torch.arange(sizes[0])] * len(sizes), problem.shares[k])
 
 
 def permutations(affinity: Affinity) -> list[Tensor]:
@@ -148,12 +142,11 @@ def _celled(
         torch.zeros(c.size, sum(affinity.widths)).double(),
         torch.zeros(sum(affinity.widths), c.size).double(),
     )
-    starts = [sum(affinity.widths[:p]) for p in range(len(placed))]
     for number in range(int(cell.max()) + 1):
         rows = (cell == number).nonzero()[:, 0]
         members = [p[k][rows].sort().values for p in placed]
         part = solve(affinity.at(members), shares, len(rows))
-        columns = torch.cat([m + s for m, s in zip(members, starts, strict=True)])
+        columns = torch.cat([m + s for m, s in zip(members, affinity.starts, strict=True)])
         merge[rows[:, None], columns[None, :]] = part.merge.cpu()
         unmerge[columns[:, None], rows[None, :]] = part.unmerge.cpu()
     return Coupling(merge, unmerge, affinity.widths)

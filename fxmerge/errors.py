@@ -1,5 +1,9 @@
 """Errors: each message says what went wrong, where, and the way out."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class FxMergeError(Exception):
     """Base class of every error that fxmerge raises on purpose."""
@@ -41,3 +45,12 @@ def told(error: Exception) -> str:
 def few(names: list[str]) -> str:
     """Three of the names and the number of the others."""
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def one_of(owner: str, **options: tuple[object, Iterable[object]]) -> None:
+    """Every option (value, known values) must have a known value; else an InputError names the choices."""
+    for name, (value, known) in options.items():
+        choices = list(known)
+        if value not in choices:
+            said = f"{owner}({name}={value!r})" if owner else f"{name}={value!r}"
+            raise InputError(f"{said}: choose one of {', '.join(map(repr, choices))}")

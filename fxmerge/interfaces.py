@@ -41,13 +41,17 @@ class Problem:
     progress: bool = False
 
 
+PLACES = ("read", "made")
+"""Where activations are looked at: as the next layers read them, or as a layer wrote them."""
+
+
 class AbstractMatcher(ABC):
     """Finds one coupling per class.
 
     Attributes:
         needs_data: whether it reads ``Problem.statistics``.
         any_width: whether corresponding classes of the parents may differ in size.
-        at: where activations are looked at: "read", as the next layers read them, or "made", as a layer wrote them.
+        at: where activations are looked at, one of ``PLACES``.
     """
 
     needs_data: bool = False

@@ -6,16 +6,13 @@ a: 3 -> 5        a0 a1 a2 a3 a4 | c0 c1    new neurons follow the last of their 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fxmerge.ir import AxisClasses, Site, Tap
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 def resized(classes: AxisClasses, widths: Mapping[int, int]) -> AxisClasses:
@@ -66,7 +63,7 @@ def _relaid(entries: Mapping[int, Tensor], widths: Mapping[int, int]) -> dict[in
     """Class -> new places [n, m] along one axis; the axis holds these classes and no others."""
     if not any(k in widths for k in entries):
         return dict(entries)
-    after, rank, who = [], [], []  # sorted by the place they follow, then by neuron and column
+    after, rank = [], []  # sorted by the place they follow, then by neuron and column
     for k, index in entries.items():
         n, m = index.shape
         w = widths.get(k, n)
@@ -76,7 +73,6 @@ def _relaid(entries: Mapping[int, Tensor], widths: Mapping[int, int]) -> dict[in
         number = torch.arange(w)[:, None].expand(w, m)
         after.append(place.reshape(-1))
         rank.append(torch.where(number < n, -1, number * m + torch.arange(m)).reshape(-1))
-        who.append(torch.full((w * m,), k))
     order = torch.arange(sum(len(a) for a in after))
     for key in (torch.cat(rank), torch.cat(after)):  # least significant first
         order = order[torch.argsort(key[order], stable=True)]

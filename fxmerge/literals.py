@@ -6,6 +6,7 @@ x.view(b, 12, 64)         with 64 -> 80 neurons in the last axis:     x.view(b, 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -89,11 +90,12 @@ def _viewed(node: fx.Node, widths: _Widths) -> None:
 
 
 def _split(node: fx.Node, widths: _Widths) -> None:
-    sizes = node.args[1] if len(node.args) > 1 else node.kwargs.get("split_size_or_sections")
-    axis = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-    if not isinstance(axis, int) or not isinstance(sizes, (int, list, tuple)) or len(node.args) < 2:
+    if len(node.args) < 2:
         return
-    parts = {u.args[1]: u for u in node.users if u.op == "call_function" and len(u.args) > 1}
+    sizes, axis = node.args[1], node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    if not isinstance(axis, int) or not isinstance(sizes, (int, list, tuple)):
+        return
+    parts = {u.args[1]: u for u in node.users if u.target is operator.getitem}
     found: dict[int, int] = {}
     for number, part in parts.items():
         shape = widths.shapes.get(part.name)

@@ -25,7 +25,7 @@ from fxmerge.repair import Rescale, ResetBatchNorm
 from fxmerge.repair.batchnorm import batchnorms
 from fxmerge.report import Report
 from fxmerge.rewrite import rewrite
-from fxmerge.running import evaluating, preserved
+from fxmerge.running import device_of, evaluating, preserved
 from fxmerge.stats import listen
 from fxmerge.symmetry import full_state, load_state
 from fxmerge.widths import require_runs, separate
@@ -78,9 +78,10 @@ def merge(
     seed: int = 0,
     progress: bool = True,
 ) -> MergeResult:
-    """Fuses two or more trained networks of one architecture into one network of the same size.
+    """Fuses two or more trained networks of one architecture into one network.
 
-    The parents are left as they were found. The fused network has the first parent's state_dict keys.
+    The parents are left as they were found. The fused network has the first parent's state_dict keys and, unless the
+    matcher or ``heads`` keep neurons apart, its size.
 
     Args:
         models: the parents; the first one's order of neurons is kept.
@@ -246,7 +247,7 @@ def _best(models: Sequence[nn.Module], data: Iterable[Any] | None, progress: boo
         except FxMergeError as error:
             failed.append(f"{name} ({str(error).splitlines()[0]})")
             continue
-        feed = feeder(result.report.classes.traced, options["input_fn"], _home(models))
+        feed = feeder(result.report.classes.traced, options["input_fn"], device_of(models[0]))
         scores[name] = disagreement(result.module, models, result.report.weights, batches[-held:], feed)
         if name == min(scores, key=lambda n: scores[n]):
             best = candidate()
@@ -255,12 +256,8 @@ def _best(models: Sequence[nn.Module], data: Iterable[Any] | None, progress: boo
     result = merge(*models, data=batches, matcher=best, progress=progress, **options)
     tried = ", ".join(f"{n} {v:.4f}" for n, v in sorted(scores.items(), key=lambda x: x[1]))
     note = f"chosen by disagreement with the parents' mean output on {held} held-back batches: {tried}"
-    notes = (*result.report.notes, note, *(f"not tried further: {f}" for f in failed))
+    notes = (*result.report.notes, note, *(f"does not fit: {f}" for f in failed))
     return replace(result, report=replace(result.report, notes=notes))
-
-
-def _home(models: Sequence[nn.Module]) -> torch.device:
-    return next(models[0].parameters(), torch.zeros(())).device
 
 
 def _keep_variances(state: dict[str, Tensor], plan: Plan) -> None:

@@ -17,13 +17,13 @@ from fxmerge.classes import infer_classes
 from fxmerge.correspond import require_same_structure
 from fxmerge.coupling import side_by_side
 from fxmerge.data import feeder, reusable, try_batch
-from fxmerge.errors import FxMergeWarning, InputError, VerifyError
+from fxmerge.errors import FxMergeWarning, InputError, VerifyError, one_of
 from fxmerge.interfaces import AbstractMatcher, AbstractRepair, Problem
 from fxmerge.ir import OUTPUT, Alignment, AxisClasses
 from fxmerge.layout import resized
 from fxmerge.matchers import ActivationMatching, WeightMatching
 from fxmerge.matching import families
-from fxmerge.running import preserved
+from fxmerge.running import device_of, preserved
 from fxmerge.stats import choose_taps, collect
 from fxmerge.symmetry import Verification, full_state
 from fxmerge.symmetry import verify as verify_symmetry
@@ -36,6 +36,8 @@ Heads = Literal["average", "separate", "concat"]
 
 @dataclass(frozen=True, eq=False)
 class Plan:
+    """Parents that were found to fit, and how their neurons will be coupled; ``fused`` are the result's classes."""
+
     classes: tuple[AxisClasses, ...]
     fused: AxisClasses
     weights: tuple[float, ...]
@@ -50,6 +52,8 @@ class Plan:
 
 
 class Clock:
+    """Seconds per step."""
+
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
@@ -81,8 +85,7 @@ def make_plan(
     """Everything up to and including the alignment; every complaint about the input comes from here, first."""
     named = dict(weights) if isinstance(weights, Mapping) else {"": weights}
     shares = {prefix: _weights(models, w) for prefix, w in {"": None, **named}.items()}
-    if heads not in get_args(Heads):
-        raise InputError(f"heads={heads!r}: choose one of {', '.join(map(repr, get_args(Heads)))}")
+    one_of("", heads=(heads, get_args(Heads)))
     if not (matcher is None or isinstance(matcher, AbstractMatcher)):
         raise InputError(f"matcher={matcher!r}: give an object, such as WeightMatching() or ActivationMatching()")
     if not (repair is None or repair == "auto" or isinstance(repair, AbstractRepair)):
@@ -94,12 +97,10 @@ def make_plan(
         )
     if isinstance(repair, AbstractRepair) and data is None:
         raise InputError(f"{repair} needs data: pass data=loader, or repair=None")
-    home = next(models[0].parameters(), torch.zeros(())).device
+    home = device_of(models[0])
     work = _device(device, home)
     with preserved(*models):
-        parents = [
-            m if next(m.parameters(), torch.zeros(())).device == work else copy.deepcopy(m).to(work) for m in models
-        ]
+        parents = [m if device_of(m) == work else copy.deepcopy(m).to(work) for m in models]
         with clock("trace"):
             traced = [trace(parents[0], example_inputs)]
             given = traced[0].kwargs or traced[0].args
@@ -204,7 +205,13 @@ def _pin(classes: AxisClasses, which: set[int]) -> AxisClasses:
 
 
 def _check_mass(alignment: Alignment, classes: AxisClasses) -> None:
-    """Every fused neuron must be made of something: rows of merge sum to one."""
+    """Every fused neuron must be made of something, and of numbers."""
     for c, coupling in zip(classes, alignment.couplings, strict=True):
         if not bool(torch.isfinite(coupling.merge).all() and torch.isfinite(coupling.unmerge).all()):
             raise VerifyError(f"the coupling of class '{c.name}' holds NaN or inf; choose another matcher or more data")
+        empty = int((coupling.merge.abs().sum(1) < 1e-6).sum())
+        if empty:
+            raise VerifyError(
+                f"the coupling of class '{c.name}' makes {empty} of {coupling.size} neurons of nothing: mass was lost. "
+                "Choose another matcher"
+            )

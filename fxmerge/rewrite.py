@@ -35,7 +35,7 @@ _WIDTHS: dict[type[nn.Module], Mapping[str, Callable[[Any], Any]]] = {
 """What a layer says of its own widths, read off its tensors; the first type that fits counts."""
 
 
-def rewrite(classes: AxisClasses, state: Mapping[str, Tensor], fused: AxisClasses | None = None) -> fx.GraphModule:
+def rewrite(classes: AxisClasses, state: Mapping[str, Tensor], fused: AxisClasses) -> fx.GraphModule:
     """A new module that runs the graph of ``classes.traced`` on ``state``.
 
     Nothing is shared with the parent. The state dict has exactly the parent's keys, in its order: modules that the
@@ -50,9 +50,8 @@ def rewrite(classes: AxisClasses, state: Mapping[str, Tensor], fused: AxisClasse
         if name not in held:
             _attach(module, name, value)
     _complete(module, source)
-    if fused is not None:
-        resize(module, state, {site for c in fused for site in c.sites})
-        adapt(module, classes, fused)
+    resize(module, state, {site for c in fused for site in c.sites})
+    adapt(module, classes, fused)
     load_state(module, state)
     modes = {name: m.training for name, m in traced.source.named_modules()}
     for name, m in module.named_modules():

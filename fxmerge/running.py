@@ -91,6 +91,11 @@ def call(
     return torch.func.functional_call(module, complete, args, dict(kwargs), tie_weights=False)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's first parameter is; the CPU where it has none."""
+    return next(module.parameters(), torch.zeros(())).device
+
+
 def run_eager(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The output of ``module`` in eval mode, left as found.
 

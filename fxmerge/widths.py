@@ -165,9 +165,9 @@ def _require_own(fused: AxisClasses, alignment: Alignment, k: int, node: fx.Node
     """One head's outputs must not move when another's parameters do."""
     module, traced = fused.traced.graph_module, fused.traced
     widths = alignment.couplings[k].widths
-    state = {n: v.detach().clone() for n, v in full_state(module).items()}
+    held, state = full_state(module), dict[str, Tensor]()
     for site, index in fused[k].sites.items():
-        tensor = state[site.parameter]
+        tensor = state.setdefault(site.parameter, held[site.parameter].detach().clone())
         if tensor.is_floating_point():
             rows = index[widths[0] :].reshape(-1).to(tensor.device)
             tensor.index_copy_(site.axis, rows, 2 * tensor.index_select(site.axis, rows) + 1)

@@ -1,12 +1,15 @@
 """The ensemble, and choosing a matcher by held-back batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import fxmerge
 from fxmerge.ensemble import disagreement
-from fxmerge.errors import InputError
+from fxmerge.errors import InputError, VerifyError
+from fxmerge.interfaces import AbstractMatcher
 from fxmerge.matchers import ActivationMatching, Average
 
 
@@ -107,3 +110,19 @@ def test_better_matching_disagrees_less():
         return disagreement(merged, (a, twin), (0.5, 0.5), DATA, lambda x: ((x,), {}))
 
     assert score(ActivationMatching()) < 1e-6 < 0.01 < score(Average())
+
+
+class Losing(AbstractMatcher):
+    """Half of the neurons are made of nothing."""
+
+    def match(self, problem):
+        found = Average().match(problem)
+        first = found.couplings[0]
+        merge = first.merge.clone()
+        merge[::2] = 0
+        return replace(found, couplings=(replace(first, merge=merge), *found.couplings[1:]))
+
+
+def test_a_map_that_loses_mass_is_an_error():
+    with pytest.raises(VerifyError, match=r"makes 6 of 12 neurons of nothing: mass was lost"):
+        fxmerge.merge(net(0), net(1), example_inputs=DATA[0], matcher=Losing(), progress=False)

@@ -17,7 +17,7 @@ ROWS = {
     "many": ("parents", "average", "OTFusion, barycentre", "ensemble"),
     "compress": ("80%", "50%"),
     "budget": ("1.0", "2.0", "parents", "ensemble"),
-    "heads": ("parents side by side", "average", "OTFusion", "ZipIt!, last layer apart"),
+    "heads": ("parents side by side", "average", "OTFusion", "PLeaS, 1.5x"),
 }
 
 

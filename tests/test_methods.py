@@ -315,7 +315,7 @@ def test_an_affinity_is_made_of_inner_products():
     np.testing.assert_allclose(found.centred.numpy() / np.cov(rows.T, bias=True), ratio[0, 0] * 50, rtol=1e-9)
     settled = {j: c for j, c in enumerate(OTFusion("weights").match(problem(a, b, x)).couplings) if j != k}
     states = [{n: v.detach() for n, v in full_state(m).items()} for m in (a, b)]
-    by_weights = from_weights(classes, states, k, settled)
+    by_weights = from_weights(classes, [c.by_tensor() for c in classes], states, k, settled)
     assert by_weights is not None
     assert by_weights.count == 0
     around = ((m[0].weight, m[0].bias[:, None], m[2].weight.T) for m in (a, b))

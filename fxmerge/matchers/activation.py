@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from fxmerge.affinity import Affinity
 from fxmerge.cells import class_by_class, permutations
 from fxmerge.coupling import permuted
-from fxmerge.errors import InputError
-from fxmerge.interfaces import AbstractMatcher, Problem
+from fxmerge.errors import one_of
+from fxmerge.interfaces import PLACES, AbstractMatcher, Problem
 from fxmerge.ir import Alignment, Coupling
 
 
@@ -25,12 +25,10 @@ class ActivationMatching(AbstractMatcher):
     needs_data = True
 
     def __init__(self, at: str = "read") -> None:
-        if at not in ("read", "made"):
-            raise InputError(f"ActivationMatching(at={at!r}): choose 'read' or 'made'")
+        one_of("ActivationMatching", at=(at, PLACES))
         self.at = at
 
     def match(self, problem: Problem) -> Alignment:
-        """Aligns all parents to the first."""
         return class_by_class(problem, _solve, str(self))[0]
 
 

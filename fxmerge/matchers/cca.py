@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fxmerge.affinity import Affinity
 from fxmerge.cells import class_by_class
-from fxmerge.errors import InputError
-from fxmerge.interfaces import AbstractMatcher, Problem
+from fxmerge.errors import InputError, one_of
+from fxmerge.interfaces import PLACES, AbstractMatcher, Problem
 from fxmerge.ir import Alignment, Coupling
 
 
@@ -36,8 +36,7 @@ class CCAMerge(AbstractMatcher):
     def __init__(self, gamma: float = 1.0, at: str = "read") -> None:
         if not gamma >= 0:
             raise InputError(f"CCAMerge(gamma={gamma}): the ridge must not be negative")
-        if at not in ("read", "made"):
-            raise InputError(f"CCAMerge(at={at!r}): choose 'read' or 'made'")
+        one_of("CCAMerge", at=(at, PLACES))
         self.gamma, self.at = gamma, at
 
     def match(self, problem: Problem) -> Alignment:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fxmerge.affinity import Affinity
 from fxmerge.cells import class_by_class
-from fxmerge.errors import InputError
-from fxmerge.interfaces import AbstractMatcher, Problem
+from fxmerge.errors import InputError, one_of
+from fxmerge.interfaces import PLACES, AbstractMatcher, Problem
 from fxmerge.ir import Alignment, Coupling
 from fxmerge.linalg import assignment, transport
 from fxmerge.widths import resizable
@@ -35,7 +35,7 @@ class OTFusion(AbstractMatcher):
     first parent's do; ``barycenter`` lets them settle between all parents (free-support Wasserstein barycentre).
 
     Args:
-        cost: "activations" (needs data) or "weights", incoming ones as read through what is already matched.
+        cost: "activations" (needs data) or "weights", those around a class as seen through what is already matched.
         metric: "euclidean" (squared) or "cosine".
         reg: entropic regularisation relative to the scale of the costs; 0 solves exactly.
         scale: what that is: "max", "mean" or "median" of the costs; or "log", costs become log(1 + cost) over their
@@ -62,15 +62,14 @@ class OTFusion(AbstractMatcher):
         at: str = "read",
         sweeps: int = 2,
     ) -> None:
-        for name, value, known in (
-            ("cost", cost, ("activations", "weights")),
-            ("metric", metric, ("euclidean", "cosine")),
-            ("scale", scale, tuple(_SCALES)),
-            ("importance", importance, ("uniform", "norm")),
-            ("at", at, ("read", "made")),
-        ):
-            if value not in known:
-                raise InputError(f"OTFusion({name}={value!r}): choose one of {', '.join(map(repr, known))}")
+        one_of(
+            "OTFusion",
+            cost=(cost, ("activations", "weights")),
+            metric=(metric, ("euclidean", "cosine")),
+            scale=(scale, _SCALES),
+            importance=(importance, ("uniform", "norm")),
+            at=(at, PLACES),
+        )
         if reg < 0 or barycenter < 0 or width <= 0 or sweeps < 1:
             raise InputError("OTFusion: reg and barycenter must not be negative; width and sweeps must be positive")
         self.cost, self.metric, self.reg, self.scale, self.importance = cost, metric, reg, scale, importance
@@ -88,19 +87,22 @@ class OTFusion(AbstractMatcher):
     def _solve(self, affinity: Affinity, shares: Sequence[float], n: int) -> Coupling:
         widths, gram = affinity.widths, affinity.raw
         support = torch.zeros(n, sum(widths), dtype=gram.dtype, device=gram.device)  # fused neurons as sums of parents'
-        strongest = torch.cat([g.diagonal().argsort(descending=True) + s for g, s in _own(gram, widths)])
+        own = [affinity.between(gram, p, p) for p in range(len(widths))]
+        strongest = torch.cat(
+            [g.diagonal().argsort(descending=True) + s for g, s in zip(own, affinity.starts, strict=True)]
+        )
         chosen = torch.arange(n) if n == widths[0] else strongest[torch.arange(n) % len(strongest)].sort().values
         support[torch.arange(n), chosen.to(gram.device)] = 1
         fixed = self.barycenter == 0 and n == widths[0]
         for _ in range(max(1, self.barycenter)):
             size = (support @ gram * support).sum(1)
             plans = []
-            for p, (own, start) in enumerate(_own(gram, widths)):
+            for p, start in enumerate(affinity.starts):
                 if p == 0 and fixed:
                     plans.append(torch.eye(n, dtype=gram.dtype, device=gram.device) / n)
                     continue
                 inner = support @ gram[:, start : start + widths[p]]
-                plans.append(self._plan(size, own.diagonal(), inner))
+                plans.append(self._plan(size, own[p].diagonal(), inner))
             rows = [t / t.sum(1, keepdim=True) for t in plans]
             merge = torch.cat([w * r for w, r in zip(shares, rows, strict=True)], 1)
             if fixed or torch.equal(merge, support):
@@ -130,9 +132,3 @@ class OTFusion(AbstractMatcher):
         mass = torch.ones_like(size) if self.importance == "uniform" else size.clamp_min(0).sqrt()
         mass = mass.clamp_min(1e-6 * float(mass.max()) or 1.0)
         return mass / mass.sum()
-
-
-def _own(gram: Tensor, widths: Sequence[int]) -> list[tuple[Tensor, int]]:
-    """Per parent: its block of the matrix, and where it starts."""
-    starts = [sum(widths[:p]) for p in range(len(widths))]
-    return [(gram[s : s + w, s : s + w], s) for s, w in zip(starts, widths, strict=True)]

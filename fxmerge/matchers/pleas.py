@@ -11,8 +11,8 @@ from fxmerge.affinity import Affinity
 from fxmerge.budget import Costs, spread
 from fxmerge.cells import class_by_class, permutations
 from fxmerge.coupling import permuted
-from fxmerge.errors import InputError
-from fxmerge.interfaces import AbstractMatcher, Problem
+from fxmerge.errors import InputError, one_of
+from fxmerge.interfaces import PLACES, AbstractMatcher, Problem
 from fxmerge.ir import Alignment, Coupling
 from fxmerge.widths import resizable
 
@@ -41,13 +41,7 @@ class PLeaS(AbstractMatcher):
         cost: str = "activations",
         at: str = "read",
     ) -> None:
-        for name, value, known in (
-            ("of", of, ("parameters", "flops")),
-            ("cost", cost, ("activations", "weights")),
-            ("at", at, ("read", "made")),
-        ):
-            if value not in known:
-                raise InputError(f"PLeaS({name}={value!r}): choose one of {', '.join(map(repr, known))}")
+        one_of("PLeaS", of=(of, ("parameters", "flops")), cost=(cost, ("activations", "weights")), at=(at, PLACES))
         if not budget >= 1:
             raise InputError(f"PLeaS(budget={budget}): at least 1, the size of one parent")
         if ratios is not None and (budget != 1 or not all(0 <= r <= 1 for r in ratios.values())):

@@ -10,8 +10,8 @@ import torch
 from fxmerge.affinity import Affinity
 from fxmerge.cells import class_by_class
 from fxmerge.coupling import side_by_side
-from fxmerge.errors import InputError
-from fxmerge.interfaces import AbstractMatcher, Problem
+from fxmerge.errors import InputError, one_of
+from fxmerge.interfaces import PLACES, AbstractMatcher, Problem
 from fxmerge.ir import Alignment, AxisClasses, Coupling
 from fxmerge.widths import resizable
 
@@ -36,8 +36,7 @@ class ZipIt(AbstractMatcher):
     def __init__(self, alpha: float = 0.3, beta: float = 0.125, until: str | None = None, at: str = "read") -> None:
         if not (0 <= alpha <= 1 and 0 <= beta <= 1):
             raise InputError(f"ZipIt(alpha={alpha}, beta={beta}): both lie between 0 and 1")
-        if at not in ("read", "made"):
-            raise InputError(f"ZipIt(at={at!r}): choose 'read' or 'made'")
+        one_of("ZipIt", at=(at, PLACES))
         self.alpha, self.beta, self.until, self.at = alpha, beta, until, at
 
     def match(self, problem: Problem) -> Alignment:

@@ -23,6 +23,7 @@ from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractRepair, Context
 from fxmerge.ir import Tap
 from fxmerge.linalg import Map
+from fxmerge.repair.batchnorm import ResetBatchNorm, batchnorms
 from fxmerge.running import fitting, fresh, preserved
 from fxmerge.stats import listen
 
@@ -68,16 +69,15 @@ class Distill(AbstractRepair):
         self.held, self.first, self.memory = held, first, memory
 
     def repair(self, module: fx.GraphModule, context: Context) -> str:
-        said = "" if self.first is None else f"{self.first.repair(module, context)}; "
+        norms = batchnorms(module)
+        first = self.first or (ResetBatchNorm() if norms else None)
+        said = "" if first is None else f"{first.repair(module, context)}; "
         calls = self._calls(context)
         back = min(max(1, round(self.held * len(calls))), len(calls) - 1)
         held, calls = calls[:back] or calls, calls[back:]
-        norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         values: list[Any] = [p.data for p in module.parameters()]
         values += [b for m in norms for b in (m.running_mean, m.running_var)]
         with _training(module, norms, [c.traced.graph_module for c in context.classes]):
-            if self.first is None and norms:
-                _settle(module, norms, calls)
             loss = _Loss(module, context, self.features, held[0])
             if not loss.goals:
                 return f"{said}nothing to distil: no output is a floating tensor"
@@ -152,20 +152,6 @@ def _training(module: nn.Module, norms: Sequence[_BatchNorm], parents: Sequence[
 def _set_modes(modules: Sequence[nn.Module], training: bool) -> None:
     for m in modules:
         m.training = training
-
-
-def _settle(module: fx.GraphModule, norms: Sequence[_BatchNorm], calls: Sequence[Call]) -> None:
-    """BatchNorm statistics become their averages over the batches."""
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    _set_modes(norms, True)
-    for number, (args, kwargs) in enumerate(calls):
-        with fitting(number):
-            module(*args, **kwargs)
-    _set_modes(norms, False)
-    for norm in norms:
-        norm.momentum = _MOMENTUM
 
 
 @dataclass(frozen=True, eq=False)

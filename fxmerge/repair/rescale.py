@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from fxmerge.coupling import fuse
-from fxmerge.errors import InputError
+from fxmerge.errors import InputError, one_of
 from fxmerge.interfaces import AbstractRepair, Context
 from fxmerge.ir import AxisClasses, Tap
 from fxmerge.running import bind, evaluating, fitting
@@ -82,8 +82,7 @@ class Rescale(AbstractRepair):
     """
 
     def __init__(self, toward: str = "mean") -> None:
-        if toward not in ("mean", "first"):
-            raise InputError(f"Rescale(toward={toward!r}): choose 'mean' or 'first'")
+        one_of("Rescale", toward=(toward, ("mean", "first")))
         self.toward = toward
 
     def repair(self, module: fx.GraphModule, context: Context) -> str:
