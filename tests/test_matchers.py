@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.coupling import from_permutations, fuse
+from fxmerge.descent import Descent, parameters
 from fxmerge.interfaces import AbstractMatcher, Problem
 from fxmerge.ir import Alignment, AxisClass, AxisClasses, Coupling
 from fxmerge.linalg import assignment, correlation
@@ -552,3 +553,21 @@ def test_a_share_of_one_gives_that_parent(name):
             assert any(not torch.equal(fused[n], v) for n, v in states[1].items())
             with torch.no_grad():
                 assert relative_error(b(*x), torch.func.functional_call(b, fused, x)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual_projection", "unet"])
+def test_a_score_brought_up_to_date_is_the_score_computed_anew(name):
+    case = NETWORKS[name]
+    a, b = (randomise(case.make().double(), seed) for seed in (0, 1))
+    classes = fxmerge.infer_classes(a, tuple(x.double() for x in case.example_inputs))
+    descent = Descent(classes, parameters(detached(a), classes), parameters(detached(b), classes), seed=0)
+    assert descent.linear
+    everything = set(range(len(classes)))
+    for step in range(3):  # the first is from nothing, later ones from what moved
+        for f in sorted(descent.linear):
+            (k,) = descent.families[f]
+            anew = descent.scores((k,), everything)[0][k]
+            torch.testing.assert_close(descent._updated(f, k), anew, rtol=1e-9, atol=1e-9)
+        moves = random_element(classes, step)
+        for f in range(len(descent.families)):
+            descent.place(f, {k: moves[k] for k in descent.families[f]})

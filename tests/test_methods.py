@@ -24,13 +24,15 @@ from torchvision.models.vision_transformer import VisionTransformer
 import fxmerge
 from fxmerge.affinity import Affinity, from_moments, from_weights
 from fxmerge.budget import Costs, spread
+from fxmerge.cells import class_by_class, permutations
 from fxmerge.coupling import fuse
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractMatcher, Problem
 from fxmerge.ir import AxisClasses
 from fxmerge.layout import resized
-from fxmerge.linalg import transport
+from fxmerge.linalg import correlation, transport
 from fxmerge.matchers import ActivationMatching, CCAMerge, OTFusion, PLeaS, WeightMatching, ZipIt
+from fxmerge.matchers.pleas import _match, _permutations, _scores
 from fxmerge.matchers.zipit import zipped
 from fxmerge.rewrite import rewrite
 from fxmerge.stats import Moments, Statistics, choose_taps, collect
@@ -702,3 +704,49 @@ def test_the_scale_of_costs_sets_how_soft_a_plan_is(scale):
 def test_scales_that_do_not_exist_are_refused():
     with pytest.raises(InputError, match=r"OTFusion\(scale='sum'\): choose one of 'max', 'mean', 'median', 'log'"):
         OTFusion(scale="sum")
+
+
+# What PLeaS minds -------------------------------------------------------------------------------------------
+
+
+def test_a_class_that_many_layers_read_counts_for_each_of_them(monkeypatch):
+    class Stream(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.leave = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.inner = nn.ModuleList(nn.Linear(8, 6) for _ in range(2))
+            self.outer = nn.ModuleList(nn.Linear(6, 8) for _ in range(2))
+
+        def forward(self, x):
+            x = self.enter(x)
+            for inner, outer in zip(self.inner, self.outer, strict=True):
+                x = x + outer(torch.relu(inner(x)))
+            return self.leave(x)
+
+    found = {}
+
+    def listening(losses, costs, budget):
+        found.update(losses)
+        return dict.fromkeys(losses, 0)
+
+    monkeypatch.setattr("fxmerge.matchers.pleas.spread", listening)
+    a, b = made(Stream, 0), made(Stream, 1)
+    x = torch.randn(50, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    result = fxmerge.merge(a, b, example_inputs=x, matcher=PLeaS(1.5, cost="weights"), progress=False)
+    seen = class_by_class(problem(a, b, x), _match, "", weights=True, sweeps=2)[1]
+    readers = {8: 3, 6: 1}  # two blocks and the head read the stream; a hidden layer has one reader
+    for k, loss in found.items():
+        alike = _scores(seen[k], _permutations(result.alignment.couplings[k]))
+        expected = readers[len(loss)] * float((1 - alike).mean())
+        assert float(loss.sum()) == pytest.approx(expected, rel=1e-9)
+    assert sorted(map(len, found.values())) == [6, 6, 8]
+
+
+def test_neurons_of_which_only_a_bias_is_known_are_matched_by_its_size():
+    x = torch.randn(9, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
+    both = torch.cat([x, x[order]])
+    gram = both @ both.T
+    size = gram.diagonal()
+    alike = Affinity(gram, gram, correlation(gram, size, size), (9, 9), 0)
+    assert torch.equal(order[permutations(alike)[1]], torch.arange(9))

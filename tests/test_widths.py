@@ -513,3 +513,47 @@ def test_layers_of_the_fused_network_say_their_own_widths():
     # it can be merged again, as any network
     again = merged(module, module, x=IMAGE, matcher=WeightMatching()).module
     assert far(module, again, IMAGE) < 1e-12
+
+
+# Sizes that a graph holds as numbers ----------------------------------------------------------------------------
+
+
+class Literal(nn.Module):
+    """A hidden layer whose width stands in the graph, spelled in one of several ways."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+        self.enter, self.leave = nn.Linear(5, 12), nn.Linear(6 if "split" in how else 12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.enter(x)
+        match self.how:
+            case "view":
+                y = y.view(-1, 12)
+            case "reshape in a tuple":
+                y = y.reshape((-1, 1, 12)).mean(1)
+            case "torch.reshape":
+                y = torch.reshape(y, (-1, 12))
+            case "split by size":
+                left, right = torch.split(y, 6, -1)
+                y = left * torch.sigmoid(right)
+            case "split by sizes":
+                left, right = y.split([6, 6], -1)
+                y = left * torch.sigmoid(right)
+        return self.leave(F.relu(y))
+
+
+LITERALS = ("view", "reshape in a tuple", "torch.reshape", "split by size", "split by sizes")
+
+
+@pytest.mark.parametrize("how", LITERALS)
+def test_numbers_that_are_widths_follow_them(how):
+    a, b = (randomise(Literal(how).double(), seed) for seed in (0, 1))
+    x = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    free = {k for k, c in enumerate(fxmerge.infer_classes(a, x)) if c.free}
+    assert resizable(fxmerge.infer_classes(a, x)) == free
+    options = {"example_inputs": x, "matcher": PLeaS(ratios={"": 1.0}, cost="weights"), "progress": False}
+    merged = fxmerge.merge(a, b, **options).module
+    assert merged.enter.out_features == 24
+    torch.testing.assert_close(merged(x), (a(x) + b(x)) / 2, rtol=1e-9, atol=1e-9)
