@@ -61,9 +61,8 @@ def class_by_class(
             while waiting:
                 stuck = []
                 for family in waiting:
-                    others = {c: v for c, v in settled.items() if c not in family}
                     for k in hidden & set(family):
-                        found = from_weights(problem.classes, touched, problem.states, k, others)
+                        found = from_weights(problem.classes, touched, problem.states, k, settled)
                         seen |= {} if found is None else {k: found}
                     if any(k in seen for k in family):
                         settled |= _family(problem, family, seen, solve, widths or {})

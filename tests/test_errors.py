@@ -194,7 +194,7 @@ def test_nan_never_enters_by_way_of_a_repair(repair, make):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Rescale(toward="last"), "'last'.*'mean' or 'first'"),
+        (lambda: Rescale(toward="last"), "'last'.*'mean', 'first'"),
         (lambda: ActivationMatching(at="nowhere"), "'nowhere'.*'read'.*'made'"),
         (lambda: WeightMatching(restarts=0), "restarts=0.*at least one start"),
         (lambda: WeightMatching(sweeps=-1), "sweeps=-1.*no fewer than 0 sweeps"),

@@ -47,11 +47,12 @@ def test_trace_and_infer(benchmark, name, tool):
     benchmark.pedantic(tool, (network(name),), rounds=3, warmup_rounds=1)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("what", ["forward", "statistics"])
-def test_statistics(benchmark, what):
+def test_statistics(benchmark, name, what):
     """Streaming every class's second moments, beside the plain forward passes of both parents on the same batches."""
-    benchmark.group = "statistics of resnet18"
-    parents = [network("resnet18", seed) for seed in (0, 1)]
+    benchmark.group = f"statistics of {name}"
+    parents = [network(name, seed) for seed in (0, 1)]
     batches = [torch.randn(16, 3, 224, 224) for _ in range(4)]
     if what == "forward":
 
