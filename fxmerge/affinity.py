@@ -7,7 +7,7 @@ already matched), everything that a method needs is in the inner products <x_i, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,22 @@ class Affinity:
         raw, centred, alike = (x[i][:, i] for x in (self.raw, self.centred, self.correlation))
         return Affinity(raw, centred, alike, tuple(len(m) for m in members), self.count)
 
+    def joined(self, other: Affinity) -> Affinity:
+        """The mean of two, at one scale."""
+
+        def mean(a: Tensor, b: Tensor) -> Tensor:
+            a, b = (x / x.diagonal().mean().clamp_min(1e-30) for x in (a, b))
+            return (a + b.to(a)) / 2
+
+        alike = (self.correlation + other.correlation.to(self.correlation)) / 2
+        centred, raw = mean(self.centred, other.centred), mean(self.raw, other.raw)
+        return Affinity(raw, centred, alike, self.widths, max(self.count, other.count))
+
+    def of(self, parents: Sequence[int]) -> Affinity:
+        """Of some parents only."""
+        everything = [torch.arange(n if p in parents else 0) for p, n in enumerate(self.widths)]
+        return replace(self.at(everything), widths=tuple(self.widths[p] for p in parents))
+
     def between(self, matrix: Tensor, a: int, b: int) -> Tensor:
         """The block of one of the matrices between parents a and b."""
         return matrix.split(self.widths)[a].split(self.widths, 1)[b]
@@ -79,12 +95,13 @@ def from_weights(
     states: Sequence[Mapping[str, Tensor]],
     k: int,
     settled: Mapping[int, Coupling],
+    silent: frozenset[str] = frozenset(),
 ) -> Affinity | None:
     """Of the weights that write and read class ``k``, their other axes in the fused network's coordinates.
 
     ``touched`` is every parent's ``by_tensor()``.
 
-    Only tensors whose other axes are ``settled`` are compared; None where there is none.
+    Only tensors whose other axes are ``settled`` are compared, and none that is ``silent``; None where there is none.
     """
     maps = Maps(settled)
     trained = {n for n, _ in parents[0].traced.source.named_parameters(remove_duplicate=False)}
@@ -95,6 +112,7 @@ def from_weights(
         others = {(s, c) for s, c, _ in entries[0] if s not in mine}
         if (
             name not in trained
+            or name in silent
             or len(mine) != 1
             or any(s.groups > 1 for s in mine)
             or any(c not in settled for _, c in others)

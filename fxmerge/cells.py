@@ -8,13 +8,14 @@ blocks, so no method ever mixes two heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fxmerge.affinity import Affinity, from_moments, from_weights
-from fxmerge.coupling import permuted, side_by_side
+from fxmerge.coupling import among, permuted, side_by_side
 from fxmerge.interfaces import Problem
 from fxmerge.ir import Alignment, AxisClasses, Coupling
 from fxmerge.linalg import assignment
@@ -29,7 +30,7 @@ def class_by_class(
     solve: Solve,
     method: str,
     *,
-    weights: bool = False,
+    by: str = "activations",
     sweeps: int = 1,
     widths: Mapping[int, int] | None = None,
 ) -> tuple[Alignment, dict[int, Affinity]]:
@@ -39,8 +40,8 @@ def class_by_class(
         problem: the parents.
         solve: the method.
         method: what the alignment is called.
-        weights: compare weights even where there are activations. Classes that no activation shows (inside
-            an opaque module, say) are always compared by weights.
+        by: compare "activations", "weights" or "both". Classes that no activation shows (inside an opaque module, say)
+            are always compared by weights.
         widths: class -> number of fused neurons, where it is not that of the first parent's.
         sweeps: rounds over the classes; after the first one, weights are compared given all other classes.
 
@@ -49,11 +50,13 @@ def class_by_class(
     """
     first = problem.classes[0]
     touched = [p.by_tensor() for p in problem.classes]
-    shown = problem.statistics.moments if problem.statistics is not None and not weights else {}
-    seen: dict[int, Affinity] = {k: from_moments(m) for k, m in shown.items()}
+    shown = problem.statistics.moments if problem.statistics is not None and by != "weights" else {}
+    lonely = {k for k in range(len(first)) if len(problem.present(k)) < len(problem.classes)}
+    heard = {k: from_moments(m) for k, m in shown.items()}
+    seen: dict[int, Affinity] = dict(heard)
     settled = {k: _kept(problem, k) for k, c in enumerate(first) if not c.free}
     groups = families(first)
-    hidden = {k for family in groups for k in family if first[k].sites and k not in shown}
+    hidden = {k for family in groups for k in family if first[k].sites and (k not in shown or by == "both")}
     rounds = sweeps if hidden else 1
     with tqdm(total=rounds * len(groups), desc=method, disable=not problem.progress, leave=False) as bar:
         for _ in range(rounds):
@@ -62,10 +65,11 @@ def class_by_class(
                 stuck = []
                 for family in waiting:
                     for k in hidden & set(family):
-                        found = from_weights(problem.classes, touched, problem.states, k, settled)
-                        seen |= {} if found is None else {k: found}
-                    if any(k in seen for k in family):
-                        settled |= _family(problem, family, seen, solve, widths or {})
+                        found = from_weights(problem.classes, touched, problem.states, k, settled, problem.silent)
+                        if found is not None:
+                            seen[k] = heard[k].joined(found) if k in heard else found
+                    if any(k in seen for k in family) or lonely & set(family):
+                        settled |= _of_present(problem, family, seen, solve, {**problem.widths, **(widths or {})})
                         bar.update()
                     else:
                         stuck.append(family)
@@ -74,10 +78,32 @@ def class_by_class(
                 waiting = stuck
     settled |= {k: _kept(problem, k) for k in range(len(first)) if k not in settled}  # nothing says anything of these
     quality = {k: _quality(seen[k], settled[k]) for k in seen if k in settled}
-    names = ", ".join(first[k].name for k in sorted(hidden & set(seen)))
+    names = ", ".join(first[k].name for k in sorted((hidden & set(seen)) - set(heard)))
     notes = (f"matched on weights, since no activation shows them: {names}",) if names and shown else ()
     couplings = tuple(settled[k] for k in range(len(first)))
-    return Alignment(couplings, method, quality, notes), seen
+    shared = {k: a for k, a in seen.items() if k not in lonely}
+    return Alignment(couplings, method, {k: q for k, q in quality.items() if k in shared}, notes), shared
+
+
+def _of_present(
+    problem: Problem, family: Sequence[int], seen: Mapping[int, Affinity], solve: Solve, widths: Mapping[int, int]
+) -> dict[int, Coupling]:
+    """Couples a family among those parents that have neurons of it."""
+    present = problem.present(family[0])
+    count = len(problem.classes)
+    if len(present) == count:
+        return _family(problem, family, seen, solve, widths)
+    shares = []
+    for given in problem.shares:
+        total = sum(given[p] for p in present)
+        shares.append(tuple(given[p] / total if total else 1 / len(present) for p in present))
+    part = replace(problem, classes=tuple(problem.classes[p] for p in present), shares=tuple(shares))
+    if len(present) == 1 or not any(k in seen for k in family):
+        sizes = {k: [p[k].size for p in part.classes] for k in family}
+        found = {k: permuted([torch.arange(n[0])] * len(n), part.shares[k]) for k, n in sizes.items()}
+    else:
+        found = _family(part, family, {k: seen[k].of(present) for k in family if k in seen}, solve, {})
+    return {k: among(c, present, count, [p[k].size for p in problem.classes]) for k, c in found.items()}
 
 
 def _kept(problem: Problem, k: int) -> Coupling:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-from torch import fx
-from torch.nn.modules.dropout import _DropoutNd
-
+from fxmerge.alike import counterparts
 from fxmerge.errors import StructureError
-from fxmerge.ir import OUTPUT, AxisClass, AxisClasses, Traced
-from fxmerge.rules import MOVEMENT
+from fxmerge.ir import OUTPUT, AxisClass, AxisClasses
 
 
 def require_same_structure(
@@ -30,8 +26,8 @@ def require_same_structure(
             odd = sorted(ours ^ theirs)[0]
             where = "first" if odd in ours else f"{_nth(number)}"
             raise StructureError(
-                f"the parents differ in structure: '{odd}' is only in the {where} network. Networks of different depth "
-                "or layers cannot be merged; check that both are of the same architecture"
+                f"the parents differ in structure: '{odd}' is only in the {where} network. Check that both are "
+                "of the same architecture; fxmerge.merge takes networks of different depth"
             )
         by_name = {c.name: c for c in other}
         wider = False
@@ -54,7 +50,7 @@ def require_same_structure(
                 f"the parents differ in {'width' if c.free else 'the number of outputs or inputs'} at '{c.name}': "
                 f"{c.size} against {same.size} neurons. {way}"
             )
-        _same_computation(first.traced, other.traced, _nth(number), wider)
+        counterparts(first.traced, other.traced, _nth(number), wider)
         if len(first) != len(other) or any(_axes(a) != _axes(b) for a, b in zip(first, other, strict=True)):
             raise StructureError(
                 f"the parents differ in structure: {len(first)} classes of neurons in the first network, {len(other)} "
@@ -62,39 +58,14 @@ def require_same_structure(
             )
 
 
+def alike_in_names(classes: Sequence[AxisClasses]) -> bool:
+    """Whether all parents have neurons in tensors of the same names."""
+    names = [set(c.by_tensor()) for c in classes]
+    return all(n == names[0] for n in names)
+
+
 def _axes(c: AxisClass) -> list[tuple[str, int]]:
     return sorted((s.parameter, s.axis) for s in c.sites)
-
-
-def _same_computation(first: Traced, other: Traced, nth: str, wider: bool) -> None:
-    """Node by node the same operations with the same settings, but for widths where these may differ."""
-    for a, b in zip(first.graph_module.graph.nodes, other.graph_module.graph.nodes, strict=False):
-        x, y = _described(first, a, wider), _described(other, b, wider)
-        if x != y:
-            raise StructureError(
-                f"the parents differ in structure at node '{a.name}': {x} in the first network, {y} in the {nth}. "
-                "Check that both are of the same architecture"
-            )
-
-
-def _described(traced: Traced, node: fx.Node, wider: bool) -> str:
-    """The operation of a node, without what only training reads and, where widths differ, those."""
-    if node.op == "call_module":
-        layer = traced.graph_module.get_submodule(str(node.target))
-        settings = (
-            ""
-            if isinstance(layer, _DropoutNd)
-            else re.sub(r"momentum=[^,]*, |,? ?inplace(=\w+)?", "", layer.extra_repr())
-        )
-        if wider:
-            settings = re.sub(r"^[\d(), ]+|(features|groups|parameters)=\d+", "", settings)
-        return f"{type(layer).__name__}({settings}) of {[str(a) for a in node.args]}"
-    name = getattr(node.target, "__name__", str(node.target))
-    if "dropout" in name:
-        return f"{name} of {node.args[:1]}"
-    options = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-    said = f"{node.op} {node.target} of {node.args} {options}"
-    return re.sub(r"\b\d+\b", "_", said) if wider and name in MOVEMENT else said
 
 
 def _nth(k: int) -> str:

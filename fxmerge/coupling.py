@@ -49,12 +49,23 @@ def side_by_side(widths: Sequence[int]) -> Coupling:
     return Coupling(eye, eye.clone(), tuple(widths))
 
 
+def among(coupling: Coupling, present: Sequence[int], count: int, widths: Sequence[int]) -> Coupling:
+    """A coupling of some parents as one of all ``count``: the others give nothing and read nothing."""
+    merge = coupling.merge.new_zeros(coupling.size, sum(widths))
+    unmerge = merge.T.clone()
+    starts = [sum(widths[:p]) for p in range(count)]
+    columns = torch.cat([torch.arange(widths[p]) + starts[p] for p in present])
+    merge[:, columns], unmerge[columns] = coupling.merge, coupling.unmerge
+    return Coupling(merge, unmerge, tuple(widths))
+
+
 def fuse(
     parents: Sequence[AxisClasses],
     fused: AxisClasses,
     alignment: Alignment,
     states: Sequence[Mapping[str, Tensor]],
     weights: Sequence[float],
+    idle: Sequence[frozenset[str]] = (),
 ) -> dict[str, Tensor]:
     """The fused network's parameters and buffers, under the first parent's names.
 
@@ -64,6 +75,7 @@ def fuse(
         alignment: one coupling per class.
         states: each parent's parameters and buffers.
         weights: shares, for tensors that have no neurons. Integers and constants that agree are taken as they are.
+        idle: per parent, tensors that mean nothing in it: the others give them whole.
     """
     touched = [p.by_tensor() for p in parents]
     targets = fused.by_tensor()
@@ -72,6 +84,13 @@ def fuse(
     for name, first in states[0].items():
         values = [s[name] for s in states]
         target = targets.get(name)
+        without = {k for k, names in enumerate(idle) if name in names}
+        without = without if len(without) < len(values) else set()
+        if target is None and without:
+            out[name] = _mean(
+                [(w, v) for k, (w, v) in enumerate(zip(weights, values, strict=True)) if k not in without]
+            )
+            continue
         if target is None:
             alike = all(v.shape == first.shape and torch.equal(v.to(first.device), first) for v in values[1:])
             if alike or not first.is_floating_point():
@@ -81,9 +100,13 @@ def fuse(
             continue
         total: Tensor | None = None
         for k, value in enumerate(values):
+            if k in without:
+                continue
             part = _carry(value, touched[k][name], target, maps, k, parents[k], weights[k])
             total = part if total is None else total + part
         assert total is not None
+        if without:
+            total = _made_whole(total, touched, name, target, maps, without, parents, weights)
         out[name] = total.to(first.dtype)
     for name, aliases in parents[0].aliases.items():
         for alias in aliases:
@@ -93,6 +116,44 @@ def fuse(
 
 
 Entry = tuple[Site, int, Tensor]
+
+
+def _mean(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
+    total = sum(w for w, _ in parts)
+    if not parts[0][1].is_floating_point() or not total:
+        return parts[0][1].clone()
+    return sum(w / total * v for w, v in parts).to(parts[0][1].dtype)  # type: ignore[union-attr]
+
+
+def _carrier(own: Sequence[Entry], classes: AxisClasses) -> Site | None:
+    """The one axis that carries the parents' shares; the others only say who is where."""
+    makes = [s for s in sorted({site for site, _, _ in own}) if s not in classes.reads]
+    free = [s for s in makes if any(s == t and classes[c].free for t, c, _ in own)]
+    return next(iter(free or makes), None)
+
+
+def _made_whole(
+    value: Tensor,
+    touched: Sequence[Mapping[str, Sequence[Entry]]],
+    name: str,
+    target: Sequence[Entry],
+    maps: Maps,
+    without: set[int],
+    parents: Sequence[AxisClasses],
+    weights: Sequence[float],
+) -> Tensor:
+    """A sum over some of the parents as a mean over them: divided, row by row, by what they gave to it."""
+    present = [k for k in range(len(parents)) if k not in without]
+    carrier = _carrier(touched[present[0]][name], parents[present[0]])
+    if carrier is None:
+        return value / max(sum(weights[k] for k in present), 1e-30)
+    mass = torch.ones(value.shape[carrier.axis], dtype=torch.float64)
+    for (site, c, _), (_, _, goal) in zip(touched[present[0]][name], target, strict=True):
+        if site == carrier:
+            rows = torch.stack([maps(c, k, True).matrix.double().sum(1).cpu() for k in present]).sum(0)
+            mass[goal] = rows[:, None].expand_as(goal)
+    mass = torch.where(mass.abs() > 1e-6, mass, 1.0).to(value)
+    return value / mass.reshape([-1 if d == carrier.axis else 1 for d in range(value.dim())])
 
 
 def _carry(
@@ -108,10 +169,7 @@ def _carry(
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
     sites = sorted({site for site, _, _ in own})  # axis 0 before the groups that follow it
-    makes = [s for s in sites if s not in classes.reads]
-    # exactly one axis carries the parents' shares; the others only say who is where
-    free = [s for s in makes if any(s == t and classes[c].free for t, c, _ in own)]
-    carrier = next(iter(free or makes), None)
+    carrier = _carrier(own, classes)
     if carrier is None:
         value = weight * value
     for site in sites:

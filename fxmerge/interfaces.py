@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from fxmerge.ir import Alignment, AxisClasses
+from fxmerge.ir import Alignment, AxisClasses, Tap
+from fxmerge.units import Stage
 
 if TYPE_CHECKING:
     from fxmerge.stats import Statistics
@@ -30,6 +31,9 @@ class Problem:
         statistics: activations' second moments, or None where no data was given.
         seed: of every random choice.
         progress: whether to show progress bars.
+        idle: per parent, tensors that have no influence on it (of layers that were inserted): not to be compared.
+        absent: per parent, classes of which it has no neurons of its own.
+        widths: class -> number of fused neurons, where it is not the first parent's.
     """
 
     classes: tuple[AxisClasses, ...]
@@ -39,6 +43,18 @@ class Problem:
     statistics: Statistics | None
     seed: int = 0
     progress: bool = False
+    idle: tuple[frozenset[str], ...] = ()
+    absent: tuple[frozenset[int], ...] = ()
+    widths: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def silent(self) -> frozenset[str]:
+        """Tensors that are idle in some parent."""
+        return frozenset().union(*self.idle)
+
+    def present(self, k: int) -> list[int]:
+        """The parents that have neurons of class k."""
+        return [p for p in range(len(self.classes)) if not (self.absent and k in self.absent[p])]
 
 
 PLACES = ("read", "made")
@@ -51,11 +67,13 @@ class AbstractMatcher(ABC):
     Attributes:
         needs_data: whether it reads ``Problem.statistics``.
         any_width: whether corresponding classes of the parents may differ in size.
+        resizes: whether it can give the fused network widths that none of the parents has.
         at: where activations are looked at, one of ``PLACES``.
     """
 
     needs_data: bool = False
     any_width: bool = False
+    resizes: bool = False
     at: str = "read"
 
     @abstractmethod
@@ -67,6 +85,41 @@ class AbstractMatcher(ABC):
         known = inspect.signature(type(self)).parameters
         options = [f"{k}={v!r}" for k, v in vars(self).items() if k in known and v != known[k].default]
         return f"{type(self).__name__}({', '.join(options)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Data as a depth aligner sees it: ``feed`` makes (args, kwargs) of a batch."""
+
+    batches: Iterable[Any]
+    feed: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
+    progress: bool = False
+
+
+class AbstractDepthAligner(ABC):
+    """Says which units of a deeper network those of a shallower one stand for.
+
+    Attributes:
+        needs_data: whether it cannot do without.
+        balance: whether to "grow" the shallower or to "shrink" the deeper network.
+        keep: whether a layer that is the identity in some parents stays so.
+    """
+
+    needs_data: bool = False
+    balance: str = "grow"
+    keep: bool = True
+
+    @abstractmethod
+    def costs(
+        self, short: AxisClasses, long: AxisClasses, pairs: Sequence[tuple[Stage, Stage]], sample: Sample | None
+    ) -> list[Tensor]:
+        """Per pair of stages [n, m]: how unlike unit k of the shorter and unit l of the longer one are."""
+
+    @abstractmethod
+    def assign(self, costs: Tensor) -> list[int] | None:
+        """The column of every row, strictly increasing; None where infinite costs rule out every choice."""
+
+    __repr__ = AbstractMatcher.__repr__
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +147,31 @@ class Context:
     device: torch.device
     seed: int = 0
     progress: bool = False
+
+    def mixes(self, node: str, axis: int) -> tuple[Tensor, ...] | None:
+        """Per parent [n, its own]: a node's channels from a parent's; None if some have no origin."""
+        parents = self.classes
+        width = sum(t.index.numel() for c in self.fused for t in _taps(c.taps, node, axis))
+        mixes = [torch.zeros(width, p.traced.shapes[node][axis], dtype=torch.float64) for p in parents]
+        covered = torch.zeros(width, dtype=torch.bool)
+        for k, c in enumerate(self.fused):
+            if any(t.node == node and t.axis != axis for t in c.taps) and c.free:
+                return None  # positions that move
+            coupling = self.alignment.couplings[k]
+            goals = _taps(c.taps, node, axis)
+            for mix, p, part in zip(mixes, parents, coupling.merge.split(coupling.widths, 1), strict=True):
+                origins = _taps(p[k].taps, node, axis)
+                if [g.index.shape[1] for g in goals] != [o.index.shape[1] for o in origins]:
+                    return None
+                for goal, origin in zip(goals, origins, strict=True):
+                    for to, of in zip(goal.index.T, origin.index.T, strict=True):
+                        mix[to[:, None], of] = part.to(mix)
+                        covered[to] = True
+        return tuple(mixes) if bool(covered.all()) else None
+
+
+def _taps(taps: Sequence[Tap], node: str, axis: int) -> list[Tap]:
+    return [t for t in taps if t.node == node and t.axis == axis]
 
 
 class AbstractRepair(ABC):

@@ -17,10 +17,10 @@ from fxmerge.coupling import fuse
 from fxmerge.data import feeder, reusable
 from fxmerge.ensemble import disagreement
 from fxmerge.errors import FxMergeError, InputError, StructureError
-from fxmerge.interfaces import AbstractMatcher, AbstractRepair, Context
+from fxmerge.interfaces import AbstractDepthAligner, AbstractMatcher, AbstractRepair, Context
 from fxmerge.ir import Alignment
 from fxmerge.matchers import ActivationMatching, CCAMerge, OTFusion, WeightMatching, ZipIt
-from fxmerge.plan import Clock, Heads, InputFn, Plan, Weights, make_plan
+from fxmerge.plan import Clock, Depth, Heads, InputFn, Plan, Target, Weights, make_plan
 from fxmerge.repair import Rescale, ResetBatchNorm
 from fxmerge.repair.batchnorm import batchnorms
 from fxmerge.report import Report
@@ -70,6 +70,8 @@ def merge(
     matcher: AbstractMatcher | Literal["auto"] | None = None,
     weights: Weights | None = None,
     heads: Heads = "average",
+    depth: Depth | AbstractDepthAligner = "grow",
+    target: Target = None,
     repair: AbstractRepair | Literal["auto"] | None = "auto",
     input_fn: InputFn | None = None,
     verify: bool = True,
@@ -95,6 +97,10 @@ def merge(
             that class ("" for all others).
         heads: what to do with the outputs: "average" them; keep one head per parent on the shared trunk and return a
             tuple of outputs ("separate"); or return the outputs of all heads side by side ("concat").
+        depth: how networks with a different number of layers are balanced: "grow" the shallower ones by layers that
+            pass on what they read, "shrink" the deeper ones, or a ``CLAFusion`` with other options.
+        target: whose depth and widths the result has: "deeper" or "shallower", one of the networks, or another network
+            of the same family (its parameters do not matter).
         repair: what to put right after merging: an object, None, or "auto": with data, BatchNorm statistics are
             re-estimated, and networks without BatchNorm or LayerNorm are rescaled.
         input_fn: batch -> inputs (tensor, tuple or dict), where batches hold more than the inputs.
@@ -131,9 +137,12 @@ def merge(
         clock,
         repair,
         heads,
+        depth,
+        target,
     )
     with preserved(*models), clock("fuse"):
-        state = fuse(plan.classes, plan.fused, plan.alignment, plan.problem.states, plan.weights)
+        idle = plan.problem.idle
+        state = fuse(plan.classes, plan.fused, plan.alignment, plan.problem.states, plan.weights, idle)
         _keep_variances(state, plan)
         module = rewrite(plan.classes[0], state, plan.fused).to(plan.device)
         fused = replace(plan.fused, traced=replace(plan.fused.traced, graph_module=module, source=module))
@@ -170,13 +179,14 @@ def merge(
     traced = plan.classes[0].traced
     report = Report(
         tuple(type(m).__name__ for m in models),
-        plan.weights,
+        plan.given(plan.weights),
         fused,
         plan.alignment,
-        plan.verifications,
+        plan.given(plan.verifications),
         said,
         variance,
         clock.seconds,
+        plan.depth,
         (*traced.notes, *plan.notes, *plan.alignment.notes),
     )
     return MergeResult(module, plan.alignment, report)
@@ -216,6 +226,7 @@ def align(
         clock,
         None,
         "average",
+        None,
     )
     moved = copy.deepcopy(model)
     if any(c.merge.shape[0] != c.widths[1] for c in plan.alignment.couplings):

@@ -8,20 +8,21 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
 
 from fxmerge.classes import infer_classes
-from fxmerge.correspond import require_same_structure
+from fxmerge.correspond import alike_in_names, require_same_structure
 from fxmerge.coupling import side_by_side
 from fxmerge.data import feeder, reusable, try_batch
+from fxmerge.depth import CLAFusion, Grown, Link, balanced
 from fxmerge.errors import FxMergeWarning, InputError, VerifyError, one_of
-from fxmerge.interfaces import AbstractMatcher, AbstractRepair, Problem
+from fxmerge.interfaces import AbstractDepthAligner, AbstractMatcher, AbstractRepair, Problem, Sample
 from fxmerge.ir import OUTPUT, Alignment, AxisClasses
 from fxmerge.layout import resized
-from fxmerge.matchers import ActivationMatching, WeightMatching
+from fxmerge.matchers import ActivationMatching, OTFusion, WeightMatching
 from fxmerge.matching import families
 from fxmerge.running import device_of, preserved
 from fxmerge.stats import choose_taps, collect
@@ -31,12 +32,19 @@ from fxmerge.trace import trace
 
 InputFn = Callable[[Any], Any]
 Weights = Sequence[float] | Mapping[str, Sequence[float]]
+T = TypeVar("T")
 Heads = Literal["average", "separate", "concat"]
+Depth = Literal["grow", "shrink"]
+Target = Literal["deeper", "shallower"] | nn.Module | None
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Parents that were found to fit, and how their neurons will be coupled; ``fused`` are the result's classes."""
+    """Parents that were found to fit, and how their neurons will be coupled.
+
+    ``fused`` are the result's classes. The parents stand in another ``order`` than they were given in where one that is
+    not the first gave the result its layers.
+    """
 
     classes: tuple[AxisClasses, ...]
     fused: AxisClasses
@@ -49,6 +57,12 @@ class Plan:
     device: torch.device
     home: torch.device
     notes: tuple[str, ...]
+    order: tuple[int, ...]
+    depth: tuple[Link, ...]
+
+    def given(self, values: Sequence[T]) -> tuple[T, ...]:
+        """One value per parent, in the order in which the parents were given."""
+        return tuple(v for _, v in sorted(zip(self.order, values, strict=False), key=lambda pair: pair[0]))
 
 
 class Clock:
@@ -81,17 +95,25 @@ def make_plan(
     clock: Clock,
     repair: AbstractRepair | Literal["auto"] | None,
     heads: Heads,
+    depth: Depth | AbstractDepthAligner | None = "grow",
+    target: Target = None,
 ) -> Plan:
     """Everything up to and including the alignment; every complaint about the input comes from here, first."""
     named = dict(weights) if isinstance(weights, Mapping) else {"": weights}
-    shares = {prefix: _weights(models, w) for prefix, w in {"": None, **named}.items()}
+    shares = {prefix: shares_of(models, w) for prefix, w in {"": None, **named}.items()}
     one_of("", heads=(heads, get_args(Heads)))
+    if isinstance(depth, str) or not (depth is None or isinstance(depth, AbstractDepthAligner)):
+        one_of("", depth=(depth, get_args(Depth)))
+    if not (target is None or isinstance(target, nn.Module)):
+        one_of("", target=(target, ("deeper", "shallower")))
+    aligner = depth if isinstance(depth, AbstractDepthAligner) else CLAFusion()
+    if aligner.needs_data and data is None:
+        raise InputError(f"{aligner} compares activations: pass data=loader, or use CLAFusion(cost='weights')")
     if not (matcher is None or isinstance(matcher, AbstractMatcher)):
         raise InputError(f"matcher={matcher!r}: give an object, such as WeightMatching() or ActivationMatching()")
     if not (repair is None or repair == "auto" or isinstance(repair, AbstractRepair)):
         raise InputError(f"repair={repair!r}: give 'auto', None or an object, such as ResetBatchNorm() or Rescale()")
-    matcher = matcher or (WeightMatching() if data is None else ActivationMatching())
-    if matcher.needs_data and data is None:
+    if matcher is not None and matcher.needs_data and data is None:
         raise InputError(
             f"{matcher} looks at activations: pass data=loader (unlabelled batches), or use WeightMatching()"
         )
@@ -117,7 +139,32 @@ def make_plan(
         )
         for note in notes:
             warnings.warn(note, FxMergeWarning, stacklevel=4)
+        grown: list[Grown] = []
+        links: list[Link] = []
+        order = list(range(len(models)))
+        if depth is not None and (target is not None or not alike_in_names(classes)):
+            with clock("depth"):
+                sample = None if batches is None else Sample(batches, feed, progress)
+                how = {"deeper": "grow", "shallower": "shrink"}.get(str(target), aligner.balance)
+                how = depth if isinstance(depth, str) and not isinstance(target, str) else how
+                template = _template(target, models, classes, given) if isinstance(target, nn.Module) else None
+                grown, links, chosen = balanced(classes, template, how, aligner, sample)
+                order = sorted(range(len(models)), key=lambda k: k != chosen)
+                grown, classes = [grown[k] for k in order], [grown[k].classes for k in order]
+                shares = {prefix: tuple(w[k] for k in order) for prefix, w in shares.items()}
+                notes += _depth_notes(grown, order, chosen)
         apart = frozenset(k for k, c in enumerate(classes[0]) if c.pinned == OUTPUT and heads != "average")
+        wanted: dict[int, int] = {}
+        if grown and template is not None:
+            wanted = {k: c.size for k, c in enumerate(template) if c.free and c.size != classes[0][k].size}
+        same = all(a.size == b.size for c in classes for a, b in zip(c, classes[0], strict=False))
+        if matcher is None and (wanted or not same):
+            matcher = OTFusion(cost="weights" if data is None else "both")
+        matcher = matcher or (WeightMatching() if data is None else ActivationMatching())
+        if wanted and not matcher.resizes:
+            raise InputError(
+                f"the target has other widths than the networks, and {matcher} keeps theirs: use OTFusion()"
+            )
         require_same_structure(classes, apart, matcher.any_width)
         if heads != "average" and not apart:
             raise InputError(f"heads={heads!r}, but no layer writes the outputs of this network")
@@ -125,6 +172,7 @@ def make_plan(
         if unknown:
             raise InputError(f"weights for '{unknown[0]}', but no class of neurons has a name that starts so")
         by_class = tuple(shares[max((p for p in shares if c.name.startswith(p)), key=len)] for c in classes[0])
+        by_class = tuple(_shared(w, k, grown, aligner.keep) for k, w in enumerate(by_class))
         verifications: list[Verification] = []
         if verify:
             with clock("verify"):
@@ -132,13 +180,15 @@ def make_plan(
         statistics = None
         if matcher.needs_data and batches is not None:
             with clock("statistics"):
-                statistics = collect(
-                    classes, batches, feed, [choose_taps(c, matcher.at) for c in classes], seed=seed, progress=progress
-                )
+                avoid = frozenset(n for g in grown for u in g.inserted if u.kind != "plain" for n in u.nodes)
+                taps = [choose_taps(c, matcher.at, avoid=avoid) for c in classes]
+                statistics = collect(classes, batches, feed, taps, seed=seed, progress=progress)
+        traced = [c.traced for c in classes]
         states = tuple({k: v.detach() for k, v in full_state(t.graph_module).items()} for t in traced)
         for k, t in enumerate(traced):
             states[k].update({n: v.detach() for n, v in full_state(t.source).items()})
-        problem = Problem(tuple(classes), states, by_class, apart, statistics, seed, progress)
+        idle, absent = tuple(g.idle for g in grown), tuple(g.absent for g in grown)
+        problem = Problem(tuple(classes), states, by_class, apart, statistics, seed, progress, idle, absent, wanted)
         with clock("match"), torch.no_grad():
             alignment = matcher.match(problem)
         kept = {k: side_by_side([c[k].size for c in classes]) for k in apart}
@@ -146,11 +196,58 @@ def make_plan(
         _check_mass(alignment, classes[0])
         fused = resized(classes[0], {k: c.size for k, c in enumerate(alignment.couplings)})
     return Plan(
-        tuple(classes), fused, shares[""], problem, alignment, tuple(verifications), batches, feed, work, home, notes
+        tuple(classes),
+        fused,
+        shares[""],
+        problem,
+        alignment,
+        tuple(verifications),
+        batches,
+        feed,
+        work,
+        home,
+        notes,
+        tuple(order),
+        tuple(links),
     )
 
 
-def _weights(models: Sequence[nn.Module], weights: Sequence[float] | None) -> tuple[float, ...]:
+def _shared(shares: tuple[float, ...], k: int, grown: Sequence[Grown], keep: bool) -> tuple[float, ...]:
+    """Shares of class k: nothing for parents that lack it and, to ``keep`` copies, for those that do more than copy."""
+    who = [j for j, g in enumerate(grown) if k not in g.absent]
+    who = [j for j in who if keep and k in grown[j].passing] or who
+    if len(who) in (0, len(shares)):
+        return shares
+    total = sum(shares[j] for j in who)
+    return tuple((w / total if total else 1 / len(who)) if j in who else 0.0 for j, w in enumerate(shares))
+
+
+def _template(
+    target: nn.Module, models: Sequence[nn.Module], classes: Sequence[AxisClasses], given: Any
+) -> AxisClasses:
+    """The classes of the network whose depth and widths the result shall have."""
+    for model, found in zip(models, classes, strict=True):
+        if target is model:
+            return found
+    target = copy.deepcopy(target).to(device_of(models[0]))
+    return infer_classes(trace(target, dict(given) if isinstance(given, Mapping) else given))
+
+
+def _depth_notes(grown: Sequence[Grown], order: Sequence[int], chosen: int) -> tuple[str, ...]:
+    notes = []
+    if chosen > 0:
+        notes.append(f"the result has the layers and names of network {chosen + 1}")
+    for g, k in zip(grown, order, strict=True):
+        if g.inserted:
+            names = ", ".join(u.name for u in g.inserted[:4]) + (" .." if len(g.inserted) > 4 else "")
+            notes.append(
+                f"network {k + 1} grown by {len(g.inserted)} units that pass on what they read ({names}); its output "
+                f"changed by {g.error:.0e}"
+            )
+    return tuple(notes)
+
+
+def shares_of(models: Sequence[nn.Module], weights: Sequence[float] | None) -> tuple[float, ...]:
     if len(models) < 2:
         raise InputError(f"merging takes two or more networks, got {len(models)}")
     for m in models:

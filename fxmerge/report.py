@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from fxmerge.depth import Link
+from fxmerge.errors import InputError
 from fxmerge.ir import Alignment, AxisClasses
 from fxmerge.symmetry import Verification
 
@@ -36,6 +39,7 @@ class Report:
         repair: what was repaired, in words.
         variance: node -> (before, after repair): variance of the fused activations over the parents' mean variance.
         seconds: per step.
+        depth: how stages of different depth were aligned.
         notes: everything else a reader should know.
     """
 
@@ -47,7 +51,31 @@ class Report:
     repair: str
     variance: Mapping[str, tuple[float, float]]
     seconds: Mapping[str, float]
+    depth: tuple[Link, ...]
     notes: tuple[str, ...] = field(default=())
+
+    def plot_depth(self, path: str | Path) -> None:
+        """Writes a picture of every stage's costs with the chosen layers marked; needs matplotlib.
+
+        Raises:
+            InputError: no stages of different depth were aligned.
+        """
+        if not self.depth:
+            raise InputError("there is no depth map: the networks had the same layers")
+        from matplotlib.figure import Figure
+
+        widest = max(len(link.long) for link in self.depth)
+        rows = sum(len(link.short) + 2 for link in self.depth)
+        figure = Figure(figsize=(3 + 0.6 * widest, 1 + 0.5 * rows), layout="constrained")
+        panels = figure.subplots(len(self.depth), 1, squeeze=False)[:, 0]
+        for axes, link in zip(panels, self.depth, strict=True):
+            image = axes.imshow(link.costs.cpu().numpy(), cmap="viridis_r", aspect="auto")
+            axes.plot(link.chosen, range(len(link.chosen)), "o-", color="tab:red", markersize=6)
+            axes.set_yticks(range(len(link.short)), link.short)
+            axes.set_xticks(range(len(link.long)), link.long, rotation=30, ha="right", rotation_mode="anchor")
+            axes.set_title(f"network {link.parent + 1}", loc="left", fontsize="medium")
+            figure.colorbar(image, ax=axes, label="cost")
+        figure.savefig(path, dpi=150)
 
     def __str__(self) -> str:
         shares = ", ".join(f"{w:.3g} {n}" for n, w in zip(self.parents, self.weights, strict=True))
@@ -64,6 +92,8 @@ class Report:
         lines += [table(rows, right=(1, 2)), ""]
         lines.append(f"{self.classes.free} of {self.classes.total} neurons free; pinned:")
         lines += [f"  {n:>6}  {reason}" for reason, n in pinned.items()] or ["  none"]
+        for link in self.depth:
+            lines.append(str(link))
         for name, v in zip(self.parents, self.verifications, strict=False):
             lines.append(f"verified {name}: {v}")
         lines.append(f"repair: {self.repair}")

@@ -109,10 +109,13 @@ _ROW_BUDGET = 2**15
 Feed = Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-def choose_taps(classes: AxisClasses, kind: str = "read", most: int = 4) -> dict[int, tuple[Tap, ...]]:
+def choose_taps(
+    classes: AxisClasses, kind: str = "read", most: int = 4, avoid: frozenset[str] = frozenset()
+) -> dict[int, tuple[Tap, ...]]:
     """Per free class the activations to measure, at most ``most``, evenly over the depth.
 
-    ``kind``: "read", what the next contraction reads (after activations); "made", what a contraction wrote.
+    ``kind``: "read", what the next contraction reads (after activations); "made", what a contraction wrote. Nodes to
+    ``avoid`` count only where there are no others.
     """
     shown: dict[str, set[int]] = {}  # node -> axes along which neurons may move
     for c in classes:
@@ -123,6 +126,7 @@ def choose_taps(classes: AxisClasses, kind: str = "read", most: int = 4) -> dict
     for k, c in enumerate(classes):
         # rows over another axis of neurons, or of a parameter, are not the same rows in every parent
         seen = [t for t in c.taps if t.node in live and shown.get(t.node, {t.axis}) == {t.axis}]
+        seen = [t for t in seen if t.node not in avoid] or seen
         if c.free and seen:
             taps = [t for t in seen if t.kind == kind] or seen
             step = (len(taps) - 1) / max(most - 1, 1)

@@ -26,12 +26,17 @@ ORDER = """
     errors atoms ir linalg running
     symbolic guess trace vocabulary document export barrier
     labels rules interpret classes
-    coupling layout symmetry stats interfaces matching descent literals rewrite widths affinity cells budget matchers
-    data correspond ensemble repair report plan pipeline __init__
+    alike units coupling layout symmetry stats regression interfaces matching descent literals rewrite widths affinity
+    cells budget matchers data correspond ensemble repair depth report plan pipeline __init__
     """.split()
 
 # Inside a package, who may import whom: a file of its own that all the others stand on.
-BASES = {"rules": {"registry", "affine"}, "matchers": set(), "repair": {"batchnorm"}}
+BASES = {
+    "rules": {"registry", "affine"},
+    "matchers": set(),
+    "repair": {"batchnorm"},
+    "depth": {"tensors", "identity", "grow", "shrink", "insert"},
+}
 
 # Files that are one thing and would not be clearer in two, with the length that they may have.
 LONG = {"labels": 520}

@@ -733,7 +733,7 @@ def test_a_class_that_many_layers_read_counts_for_each_of_them(monkeypatch):
     a, b = made(Stream, 0), made(Stream, 1)
     x = torch.randn(50, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     result = fxmerge.merge(a, b, example_inputs=x, matcher=PLeaS(1.5, cost="weights"), progress=False)
-    seen = class_by_class(problem(a, b, x), _match, "", weights=True, sweeps=2)[1]
+    seen = class_by_class(problem(a, b, x), _match, "", by="weights", sweeps=2)[1]
     readers = {8: 3, 6: 1}  # two blocks and the head read the stream; a hidden layer has one reader
     for k, loss in found.items():
         alike = _scores(seen[k], _permutations(result.alignment.couplings[k]))

@@ -214,7 +214,7 @@ def test_the_mode_of_the_parents_does_not_matter(make, x, repair):
     ("name", "repair", "said"),
     [
         ("mlp", ResetBatchNorm(), "no BatchNorm statistics to reset"),
-        ("mlp_without_bias", Rescale(), "no layers to rescale"),
+        ("mlp_without_bias", Rescale(), "1 layers rescaled toward the parents on 1 batches"),
         ("transformer_mlp", "auto", "none needed"),
         ("group_norm", "auto", "none needed"),
         ("mlp", "auto", "2 layers rescaled toward the parents on 1 batches"),

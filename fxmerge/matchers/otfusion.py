@@ -35,7 +35,8 @@ class OTFusion(AbstractMatcher):
     first parent's do; ``barycenter`` lets them settle between all parents (free-support Wasserstein barycentre).
 
     Args:
-        cost: "activations" (needs data) or "weights", those around a class as seen through what is already matched.
+        cost: "activations" (needs data), "weights", those around a class as seen through what is already matched, or
+            "both".
         metric: "euclidean" (squared) or "cosine".
         reg: entropic regularisation relative to the scale of the costs; 0 solves exactly.
         scale: what that is: "max", "mean" or "median" of the costs; or "log", costs become log(1 + cost) over their
@@ -49,6 +50,7 @@ class OTFusion(AbstractMatcher):
     """
 
     any_width = True
+    resizes = True
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class OTFusion(AbstractMatcher):
     ) -> None:
         one_of(
             "OTFusion",
-            cost=(cost, ("activations", "weights")),
+            cost=(cost, ("activations", "weights", "both")),
             metric=(metric, ("euclidean", "cosine")),
             scale=(scale, _SCALES),
             importance=(importance, ("uniform", "norm")),
@@ -74,15 +76,14 @@ class OTFusion(AbstractMatcher):
             raise InputError("OTFusion: reg and barycenter must not be negative; width and sweeps must be positive")
         self.cost, self.metric, self.reg, self.scale, self.importance = cost, metric, reg, scale, importance
         self.barycenter, self.width, self.at, self.sweeps = barycenter, width, at, sweeps
-        self.needs_data = cost == "activations"
+        self.needs_data = cost != "weights"
 
     def match(self, problem: Problem) -> Alignment:
         first = problem.classes[0]
-        widths = {}
+        widths: dict[int, int] = {}
         if self.width != 1:
             widths = {k: max(1, round(self.width * first[k].size)) for k in resizable(first)}
-        by_weights = self.cost == "weights"
-        return class_by_class(problem, self._solve, str(self), weights=by_weights, sweeps=self.sweeps, widths=widths)[0]
+        return class_by_class(problem, self._solve, str(self), by=self.cost, sweeps=self.sweeps, widths=widths)[0]
 
     def _solve(self, affinity: Affinity, shares: Sequence[float], n: int) -> Coupling:
         widths, gram = affinity.widths, affinity.raw

@@ -29,7 +29,7 @@ class PLeaS(AbstractMatcher):
             squared, where they stand side by side (a dense layer then holds their zeros too).
         of: what the budget counts, "parameters" or "flops" of the network that is emitted, zeros included.
         ratios: instead of a budget: share of neurons kept apart, 0 to 1, for classes by the start of their names.
-        cost: "activations" (needs data) or "weights".
+        cost: "activations" (needs data), "weights" or "both".
         at: activations as the next layers "read" them or as a layer "made" them.
     """
 
@@ -41,13 +41,14 @@ class PLeaS(AbstractMatcher):
         cost: str = "activations",
         at: str = "read",
     ) -> None:
-        one_of("PLeaS", of=(of, ("parameters", "flops")), cost=(cost, ("activations", "weights")), at=(at, PLACES))
+        sources = ("activations", "weights", "both")
+        one_of("PLeaS", of=(of, ("parameters", "flops")), cost=(cost, sources), at=(at, PLACES))
         if not budget >= 1:
             raise InputError(f"PLeaS(budget={budget}): at least 1, the size of one parent")
         if ratios is not None and (budget != 1 or not all(0 <= r <= 1 for r in ratios.values())):
             raise InputError("PLeaS(ratios=..): shares between 0 and 1, and no budget besides")
         self.budget, self.of, self.ratios, self.cost, self.at = budget, of, ratios, cost, at
-        self.needs_data = cost == "activations"
+        self.needs_data = cost != "weights"
 
     def match(self, problem: Problem) -> Alignment:
         parents, first = problem.classes, problem.classes[0]
@@ -58,8 +59,7 @@ class PLeaS(AbstractMatcher):
         unknown = [p for p in self.ratios or () if not any(c.name.startswith(p) for c in first)]
         if unknown:
             raise InputError(f"PLeaS(ratios=..): no class of neurons has a name that starts with '{unknown[0]}'")
-        by_weights = self.cost == "weights"
-        alignment, seen = class_by_class(problem, _match, str(self), weights=by_weights, sweeps=2)
+        alignment, seen = class_by_class(problem, _match, str(self), by=self.cost, sweeps=2)
         if self.budget == 1 and not self.ratios:
             return alignment
         free = sorted(k for k in resizable(first) if k in seen)

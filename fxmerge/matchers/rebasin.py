@@ -43,6 +43,7 @@ class WeightMatching(AbstractMatcher):
     def match(self, problem: Problem) -> Alignment:
         first = problem.classes[0]
         states = [parameters(s, first, problem.apart) for s in problem.states]
+        states = [{n: v for n, v in s.items() if n not in problem.silent} for s in states]
         found = [[torch.arange(c.size) for c in first]]
         bar = tqdm(
             total=(len(states) - 1) * self.restarts, desc="weight matching", disable=not problem.progress, leave=False

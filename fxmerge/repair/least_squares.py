@@ -25,10 +25,9 @@ from tqdm import tqdm
 
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractRepair, Context
-from fxmerge.ir import Tap
+from fxmerge.regression import LAYERS, Sums, patches, refit, set_statistics
 from fxmerge.running import bind, evaluating, fitting, fresh
 
-_LAYERS = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}  # with the spatial axes of their inputs
 _RELU = frozenset({nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"})
 _FEWEST = 4096  # rows for a layer, however few its unknowns
 
@@ -94,19 +93,19 @@ class LeastSquares(AbstractRepair):
             for node in tqdm(module.graph.nodes, desc="least squares", disable=not context.progress, leave=False):
                 layer = _module(module, node)
                 if step := steps.get(node.name):
-                    sums = _Sums()
+                    sums = Sums()
                     for batch in range(len(inputs)):
                         x = fused.until(batch, node)[node.args[0]]
                         places, target = source.of(step, batch)
-                        sums.add(_patches(layer, x, places), target.unflatten(1, (step.groups, -1)))
-                    if _refit(layer, _module(module, step.norm), sums, self.ridge, statistics):
+                        sums.add(patches(layer, x, places), target.unflatten(1, (step.groups, -1)))
+                    if refit(layer, _module(module, step.norm), sums, self.ridge, statistics):
                         refitted += 1
                         settled.add(step.out)
                 elif isinstance(layer, _BatchNorm) and layer.running_mean is not None and node.name not in settled:
                     seen[layer] += [_part(fused.until(b, node)[node.args[0]]) for b in range(len(inputs))]
-                    _set(statistics, layer, *_pooled(seen[layer]))
+                    set_statistics(statistics, layer, *_pooled(seen[layer]))
         for norm, moments in statistics.items():  # the buffers have just been restored
-            _set({}, norm, *moments)
+            set_statistics({}, norm, *moments)
         return f"{refitted} layers refitted by least squares on {len(inputs)} batches"
 
     def _inputs(self, module: fx.GraphModule, context: Context, networks: int) -> list[list[Any]]:
@@ -215,54 +214,6 @@ class _Targets:
         self._sums[name, batch] = rows if known is None else known + rows
 
 
-class _Sums:
-    """Second moments of rows z [R, g, d] and targets t [R, g, o], per group: single products, summed in float64."""
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[Tensor, Tensor]] = []
-        self._rows = self._count = 0
-        self._shift: tuple[Tensor, Tensor] | None = None
-
-    def add(self, z: Tensor, t: Tensor) -> None:
-        narrow = z.dtype in (torch.float16, torch.bfloat16)
-        self._waiting.append((z.float(), t.float()) if narrow else (z, t))
-        self._rows += len(z)
-        if self._rows >= z.shape[2]:  # a product costs a pass over d^2, however few its rows
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        z, t = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
-        self._waiting, self._rows = [], 0
-        if self._shift is None:  # rough means, without which single products would be worth little
-            self._shift = z.mean(0), t.mean(0)
-            self._sums: list[Any] = [0.0] * 4
-        z, t = ((x - shift).transpose(0, 1) for x, shift in zip((z, t), self._shift, strict=True))
-        self._count += z.shape[1]
-        new = (z.mT @ torch.cat([z, t], 2), t.square().sum(1), z.sum(1), t.sum(1))
-        wide = torch.float64 if z.device.type != "mps" else torch.float32
-        self._sums = [total + part.to(wide) for total, part in zip(self._sums, new, strict=True)]
-
-    def moments(self, centred: bool) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Rows, E[zz'] [g, d, d], E[zt'] [g, d, o], E[tt] [g, o], E[z], E[t]; centred: less the means' products."""
-        self._flush()
-        assert self._shift is not None
-        products, square, z, t = (x.to("cpu" if x.device.type == "mps" else x.device).double() for x in self._sums)
-        n, d = self._count, z.shape[1]
-        gram, cross = (products / n).split([d, t.shape[1]], 2)
-        z, t = z / n, t / n
-        gram, cross, square = gram - _outer(z, z), cross - _outer(z, t), square / n - t * t
-        z, t = z + self._shift[0].to(z), t + self._shift[1].to(t)
-        if not centred:
-            gram, cross, square = gram + _outer(z, z), cross + _outer(z, t), square + t * t
-        return n, gram, cross, square.clamp_min(0), z, t
-
-
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    return a[:, :, None] * b[:, None, :]
-
-
 def _part(x: Tensor) -> tuple[int, Tensor, Tensor]:
     """Rows, mean and variance over all axes but axis 1."""
     x = x.transpose(0, 1).flatten(1)
@@ -278,56 +229,6 @@ def _pooled(parts: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor
     return mean, variance
 
 
-def _patches(layer: Any, x: Tensor, places: tuple[Tensor, ...]) -> Tensor:
-    """[R, g, d]: what the layer multiplies with its weights at these places of its output."""
-    if isinstance(layer, nn.Linear):
-        return x[places][:, None]
-    pad = layer._reversed_padding_repeated_twice
-    if any(pad):
-        x = F.pad(x, pad, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    windows = x
-    for axis, (size, step, gap) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 2):
-        windows = windows.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
-    windows = windows.movedim(1, x.dim() - 1)  # [N, positions.., C, kernel..], a view until it is indexed
-    return windows[places].reshape(len(places[0]), layer.groups, -1)
-
-
-def _refit(layer: Any, norm: Any, sums: _Sums, ridge: float, statistics: dict[_BatchNorm, Any]) -> bool:
-    """Sets the layer, and the BatchNorm behind it so that both compute W z + c; False if that would be no better."""
-    n, gram, cross, square, z, t = sums.moments(norm is not None or layer.bias is not None)
-    tiny = torch.finfo(gram.dtype).tiny
-    plain = layer.weight.to(gram).reshape(len(gram), -1, gram.shape[1])  # [g, o, d]
-    power, fit = ((plain @ gram) * plain).sum(2), (plain * cross.mT).sum(2)
-    start = plain * (fit / power.clamp_min(tiny))[:, :, None]
-    pull = ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(tiny)[:, None, None]
-    factor, failed = torch.linalg.cholesky_ex(gram + pull * torch.eye(gram.shape[1]).to(gram))
-    if bool(failed.any()):
-        return False
-    weight = torch.cholesky_solve(cross + pull * start.mT, factor).mT
-
-    def error(w: Tensor) -> Tensor:
-        return (square - 2 * (w * cross.mT).sum(2) + ((w @ gram) * w).sum(2)).sum()
-
-    if not bool(error(weight) <= error(start) + 1e-9 * square.sum()):  # also where something is not finite
-        return False
-    layer.weight.copy_(weight.reshape(layer.weight.shape))
-    made = (weight @ z[:, :, None])[:, :, 0].flatten()
-    if norm is not None:
-        variance = ((weight @ gram) * weight).sum(2).flatten().clamp_min(0) * (n / max(n - 1, 1))
-        _set(statistics, norm, made if layer.bias is None else made + layer.bias.to(made), variance)
-        norm.weight.copy_((norm.running_var + norm.eps).sqrt())
-        norm.bias.copy_(t.flatten())
-    elif layer.bias is not None:
-        layer.bias.copy_(t.flatten() - made)
-    return True
-
-
-def _set(statistics: dict[_BatchNorm, Any], norm: Any, mean: Tensor, variance: Tensor) -> None:
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance)
-    statistics[norm] = norm.running_mean.clone(), norm.running_var.clone()
-
-
 def _plan(module: fx.GraphModule, context: Context) -> dict[str, _Step]:
     """The layers to refit, by the name of their node."""
     nodes = list(module.graph.nodes)
@@ -341,14 +242,14 @@ def _plan(module: fx.GraphModule, context: Context) -> dict[str, _Step]:
     found = {}
     for node in nodes:
         layer = _module(module, node)
-        spatial, rank = _LAYERS.get(type(layer)), len(context.fused.traced.shapes.get(node.name, ()))
+        spatial, rank = LAYERS.get(type(layer)), len(context.fused.traced.shapes.get(node.name, ()))
         if spatial is None or not alone(node) or not isinstance(layer.weight, nn.Parameter):
             continue
         if rank < 2 or (spatial and rank != spatial + 2) or not (node.args and isinstance(node.args[0], fx.Node)):
             continue
         axis = 1 if spatial else rank - 1
-        mixes = _mixes(node.name, axis, layer.weight.shape[0], context)
-        if mixes is None:
+        mixes = context.mixes(node.name, axis)
+        if mixes is None or len(mixes[0]) != layer.weight.shape[0]:
             continue
         norm = _only_user(node)
         follower = _module(module, norm)
@@ -369,28 +270,3 @@ def _module(module: fx.GraphModule, node: fx.Node | None) -> Any:
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _mixes(node: str, axis: int, width: int, context: Context) -> tuple[Tensor, ...] | None:
-    """Per parent [width, its own]: the fused output's channels from a parent's; None if some have no origin."""
-    parents = context.classes
-    mixes = [torch.zeros(width, p.traced.shapes[node][axis], dtype=torch.float64) for p in parents]
-    covered = torch.zeros(width, dtype=torch.bool)
-    for k, c in enumerate(context.fused):
-        if any(t.node == node and t.axis != axis for t in c.taps) and c.free:
-            return None  # positions that move
-        coupling = context.alignment.couplings[k]
-        goals = _taps(c.taps, node, axis)
-        for mix, p, part in zip(mixes, parents, coupling.merge.split(coupling.widths, 1), strict=True):
-            origins = _taps(p[k].taps, node, axis)
-            if [g.index.shape[1] for g in goals] != [o.index.shape[1] for o in origins]:
-                return None
-            for goal, origin in zip(goals, origins, strict=True):
-                for to, of in zip(goal.index.T, origin.index.T, strict=True):
-                    mix[to[:, None], of] = part.to(mix)
-                    covered[to] = True
-    return tuple(mixes) if bool(covered.all()) else None
-
-
-def _taps(taps: Sequence[Tap], node: str, axis: int) -> list[Tap]:
-    return [t for t in taps if t.node == node and t.axis == axis]

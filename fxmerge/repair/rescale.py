@@ -4,6 +4,8 @@ Averaging shrinks activations, more so with depth. Every layer's outputs are giv
 deviation that the parents' have, neuron by neuron, and the scale and shift are folded into the layer:
 
     W_i <- s_i W_i,  b_i <- s_i (b_i - mean_i) + target_mean_i,   s_i = target_sd_i / sd_i
+
+Layers without bias get the scale only, from root mean squares.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from fxmerge.coupling import fuse
 from fxmerge.errors import InputError, one_of
 from fxmerge.interfaces import AbstractRepair, Context
 from fxmerge.ir import AxisClasses, Tap
@@ -23,9 +24,10 @@ from fxmerge.stats import listen
 
 
 class _Sums:
-    """Running mean and standard deviation along one axis, in float64."""
+    """Running mean and spread along one axis, in float64: around the mean, or around zero for a layer without bias."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: fx.GraphModule, layer: str) -> None:
+        self.central = module.get_submodule(layer).bias is not None
         self.count, self.total, self.square = 0, torch.zeros(()), torch.zeros(())
         self.shift: Tensor | None = None
 
@@ -43,13 +45,14 @@ class _Sums:
         return self.shift + self.total / self.count
 
     @property
-    def sd(self) -> Tensor:
+    def spread(self) -> Tensor:
         mean = self.total / self.count
-        return (self.square / self.count - mean * mean).clamp_min(0).sqrt()
+        variance = (self.square / self.count - mean * mean).clamp_min(0)
+        return (variance if self.central else variance + self.mean.square()).sqrt()
 
 
 def layers(classes: AxisClasses) -> dict[str, tuple[str, int]]:
-    """Node -> (module, axis): layers whose scale and shift can be set: called once, with a bias and free neurons."""
+    """Node -> (module, axis): layers whose scale can be set: called once, with free neurons, no norm."""
     graph = classes.traced.graph_module
     calls: dict[str, int] = {}
     for node in graph.graph.nodes:
@@ -64,8 +67,9 @@ def layers(classes: AxisClasses) -> dict[str, tuple[str, int]]:
             bias = getattr(layer, "bias", None)
             weight = getattr(layer, "weight", None)
             if (
-                isinstance(bias, Tensor)
+                (bias is None or isinstance(bias, Tensor))
                 and isinstance(weight, Tensor)
+                and hasattr(layer, "bias")
                 and not hasattr(layer, "running_mean")
                 and not {f"{node.target}.weight", f"{node.target}.bias"} & tied
             ):
@@ -91,6 +95,7 @@ class Rescale(AbstractRepair):
         if not chosen:
             return "no layers to rescale"
         targets = self._targets(chosen, context)
+        chosen = {n: c for n, c in chosen.items() if n in targets}
         runner = _Normalised(module, chosen, targets)
         count = 0
         with evaluating(module):
@@ -112,16 +117,17 @@ class Rescale(AbstractRepair):
                 else:
                     inner = rows.reshape(layer.groups, 1, -1).expand(-1, layer.weight.shape[0] // layer.groups, -1)
                     layer.weight.mul_(inner.reshape(*layer.weight.shape[:2], *[1] * (layer.weight.dim() - 2)))
-                layer.bias.copy_(scale.to(layer.bias) * layer.bias + shift.to(layer.bias))
+                if layer.bias is not None:
+                    layer.bias.copy_(scale.to(layer.bias) * layer.bias + shift.to(layer.bias))
         whom = "parents" if self.toward == "mean" else "first parent"
         return f"{len(chosen)} layers rescaled toward the {whom} on {count} batches"
 
     def _targets(self, chosen: dict[str, tuple[str, int]], context: Context) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per node: mean and standard deviation, carried to the fused neurons like a bias."""
+        """Per node mean and spread, the parents' merged as its neurons were."""
         parents = context.classes if self.toward == "mean" else context.classes[:1]
-        states: list[dict[str, Tensor]] = []
-        for parent in parents:
-            sums = {node: _Sums() for node in chosen}
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for p, parent in enumerate(parents):
+            sums = {node: _Sums(context.fused.traced.graph_module, t) for node, (t, _) in chosen.items()}
             graph = parent.traced.graph_module
             with evaluating(graph):
                 for number, batch in enumerate(context.batches):
@@ -131,21 +137,17 @@ class Rescale(AbstractRepair):
                         sums[node].add(value, chosen[node][1])
             if not all(s.count for s in sums.values()):
                 raise InputError("the data is empty: no batch to rescale layers on")
-            states.append({f"{chosen[n][0]}.bias": s.mean for n, s in sums.items()})
-            states[-1] |= {f"{chosen[n][0]}.bias#sd": s.sd for n, s in sums.items()}
-        if self.toward == "first":
-            merged = [states[0], {k[: -len("#sd")]: v for k, v in states[0].items() if k.endswith("#sd")}]
-            return {n: (merged[0][f"{t}.bias"], merged[1][f"{t}.bias"]) for n, (t, _) in chosen.items()}
-        means = fuse(
-            parents,
-            context.fused,
-            context.alignment,
-            [{k: v for k, v in s.items() if not k.endswith("#sd")} for s in states],
-            context.weights,
-        )
-        spread = [{k[: -len("#sd")]: v for k, v in s.items() if k.endswith("#sd")} for s in states]
-        sds = fuse(parents, context.fused, context.alignment, spread, context.weights)
-        return {n: (means[f"{t}.bias"], sds[f"{t}.bias"].abs()) for n, (t, _) in chosen.items()}
+            for node, s in sums.items():
+                if self.toward == "first":
+                    found[node] = s.mean, s.spread
+                    continue
+                mixes = context.mixes(node, chosen[node][1])
+                if mixes is None:
+                    continue
+                mean, spread = (mixes[p].to(x) @ x for x in (s.mean, s.spread))
+                known = found.get(node, (0.0, 0.0))
+                found[node] = known[0] + mean, known[1] + spread
+        return {n: (mean, spread.abs()) for n, (mean, spread) in found.items()}
 
 
 class _Normalised(fx.Interpreter):
@@ -156,7 +158,7 @@ class _Normalised(fx.Interpreter):
     ) -> None:
         super().__init__(module)
         self.chosen, self.targets = chosen, targets
-        self.sums = {node: _Sums() for node in chosen}
+        self.sums = {node: _Sums(module, target) for node, (target, _) in chosen.items()}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -171,9 +173,9 @@ class _Normalised(fx.Interpreter):
 
     def affine(self, node: str) -> tuple[Tensor, Tensor]:
         """Scale and shift from what was seen so far; neurons that never vary keep their scale."""
-        sums, (mean, sd) = self.sums[node], self.targets[node]
-        own = sums.sd
+        sums, (mean, spread) = self.sums[node], self.targets[node]
+        own = sums.spread
         scale = torch.where(
-            own > 1e-6 * own.max().clamp_min(1e-30), sd.to(own) / own.clamp_min(1e-30), torch.ones_like(own)
+            own > 1e-6 * own.max().clamp_min(1e-30), spread.to(own) / own.clamp_min(1e-30), torch.ones_like(own)
         )
-        return scale, mean.to(own) - scale * sums.mean
+        return scale, mean.to(own) - scale * sums.mean if sums.central else torch.zeros_like(own)

@@ -1,0 +1,208 @@
+"""Adjacent units of a deeper network joined into one.
+
+    plain      x -> act(W2 act(W1 x))         becomes   x -> act(W x),      W z fitted to W2 act(W1 x)
+    residual   x -> x + f(x) -> .. + g(..)    becomes   x -> x + g'(x),     g' fitted to all that was added
+
+Fitted by ridge regression on the data (one pass per pair of networks, sums of products only). Without data residual
+units are dropped, since each adds little, and plain ones cannot be joined.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxmerge.classes import infer_classes
+from fxmerge.depth.grow import fitted
+from fxmerge.depth.tensors import body, run_shapes
+from fxmerge.errors import StructureError
+from fxmerge.interfaces import Sample
+from fxmerge.ir import AxisClasses
+from fxmerge.regression import LAYERS, Sums, patches, refit, set_statistics
+from fxmerge.rewrite import resize, rewrite
+from fxmerge.running import evaluating, fitting
+from fxmerge.stats import listen
+from fxmerge.symmetry import full_state, load_state
+from fxmerge.units import Unit
+
+_ROWS = 256  # per sample, for a layer that is fitted
+
+
+def shrink(
+    parent: AxisClasses, groups: Sequence[tuple[tuple[Unit, ...], int]], sample: Sample | None, ridge: float = 1e-3
+) -> AxisClasses:
+    """The network with every group of adjacent units as one.
+
+    Args:
+        parent: the network; left as it is.
+        groups: units, and which of them gives the layers (of plain units always the last; -1: none, all are left out).
+        sample: data to fit them on.
+        ridge: relative to the mean square of a layer's inputs.
+
+    Raises:
+        StructureError: plain units without data, or units that are concatenated.
+    """
+    module = rewrite(parent, full_state(parent.traced.graph_module), parent)
+    for units, kept in groups:
+        kind = units[0].kind
+        whole = f"joining '{units[0].name}' .. '{units[-1].name}'"
+        if kind == "concat":
+            raise StructureError(f"{whole} is not possible for layers whose outputs are concatenated; use depth='grow'")
+        if kind == "plain" and kept < 0:
+            raise StructureError(f"there is no unit in a stage to join '{units[0].name}' with; use depth='grow'")
+        if kind == "plain" and sample is None:
+            raise StructureError(f"{whole} into one needs data=; use depth='grow'")
+        _join(module, parent, units, kept if kind == "residual" else len(units) - 1, sample, ridge)
+    shrunk = replace(parent.traced, graph_module=module, source=module, notes=())
+    return infer_classes(replace(shrunk, shapes=run_shapes(module, shrunk)))
+
+
+def _join(
+    module: fx.GraphModule, parent: AxisClasses, units: Sequence[Unit], kept: int, sample: Sample | None, ridge: float
+) -> None:
+    nodes = {n.name: n for n in module.graph.nodes}
+    start, one = nodes[units[0].source], units[kept] if kept >= 0 else None
+    layer, norm = _last_layer(module, nodes, one) if one else (None, None)
+    spare = [(u, body(module.graph, u)) for u in reversed(units) if u is not one]
+    for unit, _ in spare:
+        nodes[unit.output].replace_all_uses_with(nodes[unit.source])
+    for _, inside in spare:
+        for n in reversed(inside):
+            module.graph.erase_node(n)
+    module.recompile()
+    if one is None:
+        return
+    if one.kind == "plain":
+        _read(module, parent, layer, nodes[units[-1].source].name, start.name)
+    if layer is None or sample is None or type(module.get_submodule(str(layer.target))) not in LAYERS:
+        return
+    _fit(module, parent, units, one, layer, norm, sample, ridge)
+
+
+def _last_layer(module: fx.GraphModule, nodes: dict[str, fx.Node], unit: Unit) -> tuple[fx.Node | None, fx.Node | None]:
+    """The layer, and the BatchNorm behind it, that end the unit before its sum or activation."""
+    if unit.kind == "plain":
+        first = nodes[unit.nodes[0]]
+        follower = next(iter(first.users)) if len(first.users) == 1 else None
+        return first, follower if _is(module, follower, _BatchNorm) else None
+    inside = set(unit.nodes)
+    end = nodes[unit.output]
+    while end.op != "output" and _added(end, nodes[unit.source], inside) is None:
+        before = [n for n in end.all_input_nodes if n.name in inside]
+        if len(before) != 1:
+            return None, None
+        end = before[0]
+    at = _added(end, nodes[unit.source], inside)
+    while at is not None and at.op == "call_module" and _drops(module.get_submodule(str(at.target))):
+        at = at.args[0]  # type: ignore[assignment]
+    norm = at if _is(module, at, _BatchNorm) else None
+    at = norm.args[0] if norm is not None else at  # type: ignore[assignment]
+    return (at, norm) if at is not None and at.op == "call_module" else (None, None)
+
+
+def _drops(layer: Any) -> bool:
+    """Whether it does something while training only: dropout and its kin go by many types."""
+    return bool(re.search("drop|stochastic", type(layer).__name__, re.IGNORECASE)) and not list(layer.parameters())
+
+
+def _added(n: fx.Node, source: fx.Node, inside: set[str]) -> fx.Node | None:
+    """What a sum adds to the value that its unit (or half of one) reads."""
+    terms = [a for a in n.args[:2] if isinstance(a, fx.Node)]
+    if n.op == "call_module" or len(terms) != 2 or len(n.args) != 2:
+        return None
+    for a, b in (terms, terms[::-1]):
+        if a is source or (a.name in inside and _reaches(b, a)):
+            return b
+    return None
+
+
+def _reaches(n: fx.Node, source: fx.Node) -> bool:
+    seen, queue = set(), [n]
+    while queue:
+        m = queue.pop()
+        if m is source:
+            return True
+        if m not in seen:
+            seen.add(m)
+            queue += m.all_input_nodes
+    return False
+
+
+def _is(module: fx.GraphModule, n: fx.Node | None, kinds: Any) -> bool:
+    return n is not None and n.op == "call_module" and isinstance(module.get_submodule(str(n.target)), kinds)
+
+
+def _read(module: fx.GraphModule, parent: AxisClasses, layer: fx.Node | None, before: str, now: str) -> None:
+    """Gives the layer the width of what it reads now."""
+    if layer is None or layer.op != "call_module":
+        raise StructureError(f"the layer at '{layer}' cannot be fitted: only layers of torch.nn can. Use depth='grow'")
+    name = f"{layer.target}.weight"
+    weight = full_state(module)[name].detach()
+    shown = {at: sum(c.size for c in parent if any(t.node == at for t in c.taps)) for at in (before, now)}
+    sites = {s for s, _, _ in parent.by_tensor().get(name, ()) if s in parent.reads}
+    for site in sites:
+        if shown[before] != shown[now]:
+            weight = fitted(weight, site.axis, shown[now] // site.groups)
+    resize(module, {name: weight}, set())
+    load_state(module, {name: weight})
+
+
+@torch.no_grad()
+def _fit(
+    module: fx.GraphModule,
+    parent: AxisClasses,
+    units: Sequence[Unit],
+    one: Unit,
+    node: fx.Node,
+    norm: fx.Node | None,
+    sample: Sample,
+    ridge: float,
+) -> None:
+    """Fits the last layer of what is left to what the group of units gave in the parent."""
+    layer: Any = module.get_submodule(str(node.target))
+    follower: Any = module.get_submodule(str(norm.target)) if norm is not None else None
+    original = parent.traced.graph_module
+    known = {n.name: n for n in original.graph.nodes}
+    plain = one.kind == "plain"
+    goal, base = _goal(original, known, units, plain)
+    inner = str(node.args[0])
+    draw = torch.Generator().manual_seed(0)
+    sums = Sums()
+    found: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
+    for number, batch in enumerate(sample.batches):
+        with fitting(number), evaluating(module, original):
+            args, kwargs = sample.feed(batch)
+            wanted = listen(original, {goal}, args, kwargs)[goal]
+            mine = listen(module, {inner} | ({base} if base else set()), args, kwargs)
+        target = wanted - mine[base] if base else wanted
+        axis = 1 if LAYERS[type(layer)] else target.dim() - 1
+        target = target.movedim(axis, -1)
+        total = target.shape[:-1].numel()
+        most = _ROWS * target.shape[0]
+        picked = torch.randperm(total, generator=draw)[:most] if total > most else torch.arange(total)
+        places = torch.unravel_index(picked.to(target.device), target.shape[:-1])
+        sums.add(patches(layer, mine[inner], places), target[places].unflatten(1, (getattr(layer, "groups", 1), -1)))
+    refit(layer, follower, sums, ridge, found)
+    for bn, moments in found.items():
+        set_statistics({}, bn, *moments)
+
+
+def _goal(
+    original: fx.GraphModule, known: dict[str, fx.Node], units: Sequence[Unit], plain: bool
+) -> tuple[str, str | None]:
+    """Nodes: what the group gives before its activation, and what is to be taken off it."""
+    last = units[-1]
+    if plain:
+        first = known[last.nodes[0]]
+        follower = next(iter(first.users))
+        return (follower.name if _is(original, follower, _BatchNorm) else first.name), None
+    end = known[last.output]
+    while len(end.all_input_nodes) == 1 and end.name in last.nodes:
+        end = end.all_input_nodes[0]
+    return end.name, units[0].source
