@@ -1,17 +1,27 @@
 """Numbers in a recorded graph that follow the batch size, told by a second recording on twice the batch.
 
-    view(x, (2, 3, 8)), view(x, (4, 3, 8))  -->  view(x, (size(input, 0), 3, 8))
+view(x, (2, 3, 8)), view(x, (4, 3, 8))  -->  view(x, (size(input, 0), 3, 8))
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor among the inputs of a graph: its placeholder, where in that one's value it is, and its shape."""
+
+    node: fx.Node
+    path: tuple[Any, ...]
+    shape: tuple[int, ...]
 
 
 def repeated(inputs: Any, times: int) -> Any | None:
@@ -23,25 +33,24 @@ def repeated(inputs: Any, times: int) -> Any | None:
     return pytree.tree_map(lambda leaf: torch.cat([leaf] * times) if isinstance(leaf, Tensor) else leaf, inputs)
 
 
-def follow(graph: fx.Graph, other: fx.Graph, batch: int, source: tuple[fx.Node, tuple[Any, ...]]) -> str | None:
+def follow(graph: fx.Graph, other: fx.Graph, source: Input) -> str | None:
     """Makes numbers of ``graph`` that differ in ``other`` linear expressions of the batch size.
 
     Args:
-        graph: recorded on ``batch`` samples; changed in place.
-        other: the recording on twice as many.
-        batch: the number of samples.
-        source: the placeholder, and where in its value a tensor is whose axis 0 is the batch.
+        graph: the recording; changed in place.
+        other: the recording on twice the batch.
+        source: an input of ``graph`` whose axis 0 is the batch.
 
     Returns:
         Why it cannot be done, or None where it was; then the graph is unchanged, or half of it is.
     """
     if len(graph.nodes) != len(other.nodes):
-        return f"it runs {len(graph.nodes)} operations on {batch} samples and {len(other.nodes)} on {2 * batch}"
+        return f"there are {len(other.nodes)} operations on twice the batch instead of {len(graph.nodes)}"
     pairs = dict(zip(graph.nodes, other.nodes, strict=True))
-    sizes = _Sizes(graph, batch, source)
+    sizes = _Sizes(graph, source)
     for node, twin in pairs.items():
         if (node.op, node.target) != (twin.op, twin.target):
-            return f"'{node.name}' is another operation on twice the batch"
+            return f"'{node.name}' is another operation there"
         try:
             changed = sizes.joined((node.args, node.kwargs), (twin.args, twin.kwargs), pairs)
         except _Unlike:
@@ -57,8 +66,8 @@ class _Unlike(Exception):
 class _Sizes:
     """Nodes for ``slope * batch + rest``, made once each."""
 
-    def __init__(self, graph: fx.Graph, batch: int, source: tuple[fx.Node, tuple[Any, ...]]) -> None:
-        self.graph, self.batch, self.source = graph, batch, source
+    def __init__(self, graph: fx.Graph, source: Input) -> None:
+        self.graph, self.source = graph, source
         self.made: dict[tuple[int, int], fx.Node] = {}
         self.last = list(graph.find_nodes(op="placeholder"))[-1]
 
@@ -82,10 +91,11 @@ class _Sizes:
             return type(one)(self.joined(a, b, pairs) for a, b in zip(one, two, strict=True))
         if one == two or one != one:
             return one
-        if type(one) is not int or (two - one) % self.batch:
+        batch = self.source.shape[0]
+        if type(one) is not int or (two - one) % batch:
             raise _Unlike
-        slope = (two - one) // self.batch
-        return self.node(slope, one - slope * self.batch)
+        slope = (two - one) // batch
+        return self.node(slope, one - slope * batch)
 
     def node(self, slope: int, rest: int) -> fx.Node:
         if (slope, rest) not in self.made:
@@ -97,8 +107,8 @@ class _Sizes:
             return self._append("call_function", operator.add, self.node(slope, 0), rest)
         if slope != 1:
             return self._append("call_function", operator.mul, self.node(1, 0), slope)
-        node, path = self.source
-        for key in path:
+        node = self.source.node
+        for key in self.source.path:
             node = self._append("call_function", operator.getitem, node, key)
         return self._append("call_method", "size", node, 0)
 

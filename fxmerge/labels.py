@@ -249,6 +249,8 @@ class Context:
 
     def _meet(self, known: list[Tensor], new: Tensor) -> list[Tensor]:
         """``known`` with ``new`` related to each of its members, and what another member implies left out."""
+        if new.numel() == 1 and any(t.numel() == 1 and bool((t == new).all()) for t in known):
+            return known  # one neuron all over, said before
         kept = []
         for t in known:
             if not _overlap(t, new):

@@ -1,42 +1,26 @@
-"""The second front end: one eager run on the example inputs, written down as a graph.
+"""The second front end: recording, for what symbolic tracing refuses.
 
     nn.Module, args, kwargs  --record-->  fx.GraphModule, notes for the report
 
-Every torch function and every call of a layer that symbolic tracing would take whole becomes a node, whatever the
-Python around it does. Python itself is not seen: its branches and numbers are what they were in that run. Numbers that
-follow the batch size are told by a second run on twice the batch, see ``batch``.
+One run says what the network does (``recorder``). Numbers of Python are what they were in that run, so two more runs
+say which of them follow the batch size and which functions follow the mode; shapes that the graph has fixed are
+asserted in it.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
-from fxmerge.batch import follow, repeated
+from fxmerge.batch import Input, follow, repeated
 from fxmerge.errors import TraceError, few, told
-from fxmerge.running import bind, bind_forward, call, difference, evaluating, fresh, plain, preserved
-from fxmerge.symbolic import arrange, unread, user_line
-
-# Where a tensor becomes something of Python, on which a branch may depend.
-_READS = frozenset(
-    "__bool__ __contains__ __complex__ __float__ __format__ __index__ __int__ __array__ allclose equal is_nonzero item "
-    "numpy tolist".split()
-)
-_PLAIN = (
-    bool, int, float, complex, str, type(None), type(...), range,
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
+from fxmerge.recorder import Recorder, training_place
+from fxmerge.running import bind, call, difference, evaluating, fresh, plain
+from fxmerge.symbolic import unread, user_line
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -53,15 +37,17 @@ def record(
     notes = [*first.notes]
     if first.flags:
         _follow_mode(first, module, (args, kwargs))
-    graph_module, said = _follow_batch(first, module, (args, kwargs))
-    notes += said
+    graph_module, why = _follow_batch(first, module, (args, kwargs))
+    if why is not None:
+        notes.append(f"the batch size is fixed in the graph: {why}")
+    _assert_shapes(graph_module, first.inputs, fixed=why is not None)
     if missing := unread(graph_module, module):
         notes.append(f"not read in eval mode, so not in the graph: {few(missing)}")
     return graph_module, tuple(notes)
 
 
-def _recorded(module: nn.Module, arguments: Arguments, training: bool = False) -> _Recorder:
-    recorder = _Recorder(module)
+def _recorded(module: nn.Module, arguments: Arguments, training: bool = False) -> Recorder:
+    recorder = Recorder(module)
     try:
         with evaluating(module):
             if training:
@@ -75,7 +61,7 @@ def _recorded(module: nn.Module, arguments: Arguments, training: bool = False) -
     return recorder
 
 
-def _follow_mode(recorder: _Recorder, module: nn.Module, arguments: Arguments) -> None:
+def _follow_mode(recorder: Recorder, module: nn.Module, arguments: Arguments) -> None:
     """Functions that are told whether the network is training (dropout) ask a layer of the graph.
 
     Which do, and which are told a constant, is seen in a run in training mode.
@@ -93,34 +79,32 @@ def _follow_mode(recorder: _Recorder, module: nn.Module, arguments: Arguments) -
         inside = [path for path in layers if path.startswith(f"{key[0]}.")] or layers
         with graph.inserting_before(node):
             flag = graph.call_function(getattr, (graph.get_attr(inside[0]), "training"))
-        place = _training_place(node.target)
+        place = training_place(node.target)
         if place is not None and place < len(node.args):
             node.args = (*node.args[:place], flag, *node.args[place + 1 :])
         else:
             node.kwargs = {**node.kwargs, "training": flag}
 
 
-def _follow_batch(
-    recorder: _Recorder, module: nn.Module, arguments: Arguments
-) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """The graph for any batch size where a run on twice the batch tells how; else the graph as it is, and a note."""
-    fixed, source = recorder.built(module), recorder.source
+def _follow_batch(recorder: Recorder, module: nn.Module, arguments: Arguments) -> tuple[fx.GraphModule, str | None]:
+    """The graph for any batch size where a run on twice the batch tells how; else the graph as it is, and why."""
+    fixed = recorder.built(module)
     twice, thrice = repeated(arguments, 2), repeated(arguments, 3)
-    if source is None or twice is None or thrice is None:
-        return fixed, ("sizes are fixed in the graph: its inputs have no batch axis in common",)
+    if twice is None:
+        return fixed, "the inputs have no batch axis in common"
     try:
         other = _recorded(module, twice)
     except TraceError as error:
-        return fixed, (f"sizes are fixed in the graph: on twice the batch, recording {error}",)
+        return fixed, f"on twice the batch, recording {error}"
     if recorder.flags:
         _follow_mode(other, module, twice)
     if difference(recorder.constants, other.constants):
         raise TraceError(
-            "a tensor that no torch function made changes with the inputs (one of NumPy, of a scripted function or of "
+            "meets a tensor that follows the inputs and that no torch function made (but NumPy, a scripted function, "
             "another library)"
         )
-    if (why := follow(recorder.graph, other.graph, recorder.batch, source)) is not None:
-        return fixed, (f"sizes are fixed in the graph: {why}",)
+    if (why := follow(recorder.graph, other.graph, recorder.inputs[0])) is not None:
+        return fixed, why
     graph_module = recorder.built(module)
     try:
         with evaluating(module):
@@ -130,296 +114,28 @@ def _follow_batch(
         why = difference(expected, output)
     except Exception as error:
         why = told(error)
-    if why is not None:
-        return fixed, (f"sizes are fixed in the graph: on three times the batch, {why}",)
-    return graph_module, ()
+    return (graph_module, None) if why is None else (fixed, f"on three times the batch, {why}")
 
 
-@cache
-def _training_place(function: Any) -> int | None:
-    """Where among the arguments of a function of torch it is told the mode; None if it is not."""
-    try:
-        names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # built in
-        return None
-    return names.index("training") if "training" in names else None
-
-
-class _Opaque(Exception):
-    """A value that no node can hold."""
-
-
-class _Recorder(TorchFunctionMode):
-    """One run of ``root``; afterwards ``graph`` has it.
-
-    Attributes:
-        notes: for the report.
-        constants: name -> tensor, for those that come from nowhere in the module.
-        source, batch: the placeholder, and the place in its value, of the first input with an axis; its length.
-        flags: (path of the module, function, count) -> (node, mode), for functions that are told the mode.
-    """
-
-    def __init__(self, root: nn.Module) -> None:
-        super().__init__()
-        self.root = root
-        self.graph = fx.Graph()
-        self.notes: dict[str, None] = {}
-        self.constants: dict[str, Tensor] = {}
-        self.flags: dict[tuple[str, str, int], tuple[fx.Node, bool]] = {}
-        self.source: tuple[fx.Node, tuple[Any, ...]] | None = None
-        self.batch = 0
-        # id -> the tensor, kept alive so that ids stay unique; the node that has it, and where in its value.
-        self._places: dict[int, tuple[Tensor, fx.Node, tuple[Any, ...]]] = {}
-        self._names: dict[int, str] = {}
-        self._paths = {id(m): path for path, m in root.named_modules()}
-        self._varying: set[fx.Node] = set()  # what depends on inputs or parameters
-        self._writing: set[fx.Node] = set()  # what changes its arguments
-        self._versions: dict[fx.Node, tuple[Tensor, int]] = {}  # of constants
-        self._stack: list[str] = []
-        self._busy = False
-        attributes = (
-            (f"{path}.{key}".lstrip("."), value)
-            for path, m in root.named_modules()
-            for key, value in vars(m).items()
-            if isinstance(value, Tensor)
-        )
-        for name, tensor in chain(root.named_parameters(), root.named_buffers(), attributes):
-            self._names.setdefault(id(tensor), name)
-
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        bound = bind_forward(self.root, args, kwargs)
-        for name, value in bound.arguments.items():
-            kind = bound.signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_POSITIONAL:
-                for i, v in enumerate(value):
-                    self._placeholder(f"{name}_{i}", v)
-            elif kind is inspect.Parameter.VAR_KEYWORD:
-                for key, v in value.items():
-                    self._placeholder(key, v)
-            else:
-                self._placeholder(name, value)
-        with self._catching_calls(), self:
-            output = self.root(*args, **kwargs)
-        lost: list[str] = []
-        self.graph.output(self._argument(plain(output, lost)))
-        self.notes.update({f"{place} is left out of the graph (None)": None for place in lost})
-        self._separate_constants()
-        self._sweep()
-
-    def built(self, module: nn.Module) -> fx.GraphModule:
-        """A graph module that shares the tensors of ``module``."""
-        with preserved(module):
-            for name, value in self.constants.items():
-                setattr(module, name, value)
-            graph_module = fx.GraphModule(module, copy.deepcopy(self.graph), type(module).__name__)
-        arrange(graph_module, module)
-        return graph_module
-
-    # -- inputs, and where tensors come from ---------------------------------------------------------------------
-
-    def _placeholder(self, name: str, value: Any) -> None:
-        node = self.graph.placeholder(name)
-        self._varying.add(node)
-        tensors = list(_tensors(value))
-        if not tensors:
-            self.notes[f"argument {name!r} is fixed in the graph where it is {value!r}"] = None
-        for path, tensor in tensors:
-            self._places[id(tensor)] = (tensor, node, path)
-            if self.source is None and tensor.ndim:
-                self.source, self.batch = (node, path), tensor.shape[0]
-
-    def _node(self, tensor: Tensor) -> fx.Node:
-        """The node whose value ``tensor`` is."""
-        if id(tensor) not in self._places:
-            self._places[id(tensor)] = (tensor, self._outside(tensor), ())
-        _, node, path = self._places[id(tensor)]
-        for key in path:
-            whole, node = node, self.graph.call_function(operator.getitem, (node, key))
-            if whole in self._varying:
-                self._varying.add(node)
-        self._places[id(tensor)] = (tensor, node, ())
-        return node
-
-    def _outside(self, tensor: Tensor) -> fx.Node:
-        """A tensor that was there before the run, or that no torch function made."""
-        name = self._names.get(id(tensor))
-        if name is not None:
-            node = self.graph.create_node("get_attr", name)
-            if isinstance(tensor, nn.Parameter):
-                self._varying.add(node)
-            return node
-        if tensor.requires_grad:
-            raise TraceError(
-                f"a trained tensor of shape {list(tensor.shape)} is read that is no parameter of the network, or was "
-                "computed from its parameters in an earlier run; register it, or clear what the network keeps"
-            )
-        name = f"_tensor_constant{len(self.constants)}"
-        while hasattr(self.root, name):
-            name = f"_{name}"
-        self.constants[name] = tensor.detach().clone()
-        node = self.graph.create_node("get_attr", name)
-        self._versions[node] = (tensor, tensor._version)
-        return node
-
-    def _argument(self, value: Any) -> Any:
-        """``value`` with nodes in the place of tensors."""
-        if isinstance(value, Tensor):
-            return self._node(value)
-        if isinstance(value, dict):
-            return {key: self._argument(v) for key, v in value.items()}
-        if isinstance(value, slice):
-            return slice(*(self._argument(v) for v in (value.start, value.stop, value.step)))
-        if isinstance(value, (tuple, list)):
-            parts = [self._argument(v) for v in value]
-            if hasattr(value, "_fields"):  # its constructor may look at what it is given
-                return self._write("call_function", type(value), tuple(parts), {}, False)
-            return parts if isinstance(value, list) else tuple(parts)
-        if type(value) in _PLAIN:
-            return value
-        for kind in (bool, int, float, complex, str):  # of NumPy, or of an enumeration
-            if isinstance(value, kind):
-                return kind(value)
-        if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-            return value.item()
-        raise _Opaque(type(value).__name__)
-
-    # -- calls ---------------------------------------------------------------------------------------------------
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "__iter__":
-            return iter(self.__torch_function__(Tensor.unbind, types, args))
-        if name in _READS and any(self._node(t) in self._varying for _, t in _tensors((args, kwargs))):
-            self.notes["control flow that depends on values is recorded as it ran on the example inputs"] = None
-        if name == "__set__" and func.__self__.__name__ == "data":
-            raise TraceError("it assigns to .data, which no graph can do")
-        versions = [(t, t._version) for _, t in _tensors((args, kwargs))]
-        operands = None
-        try:
-            operands = self._argument(args), self._argument(kwargs)
-        except _Opaque as error:
-            opaque = str(error)
-        result = func(*args, **kwargs)
-        written = any(t._version != version for t, version in versions)
-        if not written and not any(True for _ in _tensors(result)):
-            return result  # sizes, types, flags
-        if operands is None:
-            if written or any(self._node(t) in self._varying for t, _ in versions):
-                raise TraceError(f"{name} is given a {opaque}, which no graph can hold")
-            return result  # a constant, where it is used
-        node = self._write(*_spelled(func, operands[0]), operands[1], written)
-        result = self._place(node, result, [t for t, _ in versions], written)
-        place = _training_place(node.target) if node.op == "call_function" else None
-        if place is not None:
-            mode = node.kwargs.get("training", node.args[place] if place < len(node.args) else None)
-            path, count = self._stack[-1], sum(k[:2] == (self._stack[-1], name) for k in self.flags)
-            self.flags[path, name, count] = (node, mode is True)
-        return result
-
-    def _called(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-        path = self._paths.get(id(module))
-        if self._busy or path is None:
-            return original(module, *args, **kwargs)
-        if not path or not _is_leaf(module):
-            self._stack.append(path)
-            try:
-                return original(module, *args, **kwargs)
-            finally:
-                self._stack.pop()
-        self._busy = True
-        try:
-            with torch._C.DisableTorchFunction():
-                operands = self._argument(args), self._argument(kwargs)
-                versions = [(t, t._version) for _, t in _tensors((args, kwargs))]
-                result = original(module, *args, **kwargs)
-                written = any(t._version != version for t, version in versions)
-                node = self._write("call_module", path, *operands, written)
-                self._varying.add(node)
-                return self._place(node, result, [t for t, _ in versions], written)
-        except _Opaque as error:
-            raise TraceError(f"the layer {path!r} is given a {error}, which no graph can hold") from None
-        finally:
-            self._busy = False
-
-    def _write(self, op: str, target: Any, args: Any, kwargs: Any, written: bool) -> fx.Node:
-        node = self.graph.create_node(op, target, args, kwargs)
-        if any(n in self._varying for n in node.all_input_nodes):
-            self._varying.add(node)
-        if written:
-            self._writing.add(node)
-        return node
-
-    def _place(self, node: fx.Node, result: Any, given: list[Tensor], written: bool) -> Any:
-        """Notes where the tensors of a result are. What is handed back as it came gets an identity of its own.
-
-        Else dropout in eval mode, for example, could not be told from its input.
-        """
-        known = {id(t) for t in given}
-        if isinstance(result, Tensor) and id(result) in known and not written:
-            result = result.detach()
-        for path, tensor in _tensors(result):
-            self._places[id(tensor)] = (tensor, node, path)
-        return result
-
-    @contextmanager
-    def _catching_calls(self) -> Iterator[None]:
-        original = nn.Module.__call__
-
-        def catching(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self._called(original, module, args, kwargs)
-
-        nn.Module.__call__ = catching  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
-
-    # -- afterwards ----------------------------------------------------------------------------------------------
-
-    def _separate_constants(self) -> None:
-        """Constants that the run wrote into are copied first, in every run of the graph."""
-        for node, (tensor, version) in self._versions.items():
-            if tensor._version != version:
-                with self.graph.inserting_after(node):
-                    copied = self.graph.call_method("clone", (node,))
-                node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
-
-    def _sweep(self) -> None:
-        """Removes what nothing reads and what writes nothing."""
-        for node in reversed(self.graph.nodes):
-            if not node.users and node.op not in ("placeholder", "output") and node not in self._writing:
-                self.graph.erase_node(node)
-        kept = {node.target for node in self.graph.find_nodes(op="get_attr")}
-        self.constants = {name: value for name, value in self.constants.items() if name in kept}
-
-
-def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Where in nested tuples, lists and dicts tensors are."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _tensors(part, (*path, key))
-    elif isinstance(value, (tuple, list)):
-        for i, part in enumerate(value):
-            yield from _tensors(part, (*path, i))
-
-
-def _spelled(function: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
-    """A call of a torch function as fx writes it: the kind of node, its target, its arguments."""
-    name = getattr(function, "__name__", "")
-    if name == "__get__":
-        return "call_function", getattr, (args[0], function.__self__.__name__)
-    if name.startswith("__") and hasattr(operator, name):
-        return "call_function", getattr(operator, name.strip("_"), getattr(operator, name)), args
-    if getattr(Tensor, name, None) is function:
-        return "call_method", name, args
-    return "call_function", function, args
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    """What symbolic tracing takes whole, and the layers without parts of torchvision."""
-    if type(module).__module__.startswith("torchvision.ops."):
-        return not module._modules
-    return fx.Tracer().is_leaf_module(module, "")
+def _assert_shapes(graph_module: fx.GraphModule, inputs: Sequence[Input], fixed: bool) -> None:
+    """Refuses inputs of other shapes than those recorded, from axis 1 on or, where that is fixed too, from axis 0."""
+    graph = graph_module.graph
+    nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    last = list(nodes.values())[-1]
+    with graph.inserting_after(last):
+        first = graph.call_function(operator.not_)  # a place to stand
+    with graph.inserting_before(first):
+        for given in inputs:
+            node = nodes[given.node.name]
+            for key in given.path:
+                node = graph.call_function(operator.getitem, (node, key))
+            shape = graph.call_function(getattr, (node, "shape"))
+            wanted, said = given.shape, str(list(given.shape))
+            if not fixed:
+                shape = graph.call_function(operator.getitem, (shape, slice(1, None)))
+                wanted, said = wanted[1:], str(["any", *wanted[1:]]).replace("'", "")
+            same = graph.call_function(operator.eq, (shape, wanted))
+            message = f"{given.node.target} must be of shape {said}, as when the network was recorded"
+            graph.call_function(torch._assert, (same, message))
+    graph.erase_node(first)
+    graph_module.recompile()

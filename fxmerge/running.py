@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import FxMergeError, InputError, few, told
@@ -253,6 +254,22 @@ def difference(expected: Any, actual: Any) -> str | None:
             if not torch.allclose(a, b, rtol=0, atol=tolerance, equal_nan=True):
                 return f"{path} differs by up to {float((a - b).abs().nan_to_num().max()):.3g}"
     return None
+
+
+class Doubled(TorchFunctionMode):
+    """Inside, whatever is cast to another floating dtype, or made of one, is of float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func in _CASTS else func
+        args, kwargs = pytree.tree_map(_doubled, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+_CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+
+
+def _doubled(leaf: Any) -> Any:
+    return torch.float64 if isinstance(leaf, torch.dtype) and leaf.is_floating_point else leaf
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.errors import VerifyError
 from fxmerge.ir import AxisClass, AxisClasses, Site
-from fxmerge.running import call, evaluating, to_device
+from fxmerge.running import Doubled, call, evaluating, to_device
 
 Permutations = Sequence[Tensor]
 """Per class: int64 [size]; neuron i moves to place p[i]."""
@@ -154,9 +154,9 @@ def verify(
     """
     traced = classes.traced
     graph = traced.graph_module
-    with evaluating(module, graph):
-        known = full_state(graph)
-        state = {k: v.detach() for k, v in full_state(module).items() if k in known}
+    with evaluating(module, graph), Doubled():
+        known, own = full_state(graph), full_state(module)
+        state = {k: own.get(k, v).detach() for k, v in known.items()}
         moves = random_element(classes, seed, only)
         args, kwargs = to_device((traced.args, dict(traced.kwargs)), None, torch.float64)
         before = call(graph, args, kwargs, state=to_device(state, None, torch.float64))
