@@ -53,6 +53,8 @@ def varying(t: Tensor) -> tuple[int, ...]:
 
 def narrow(t: Tensor) -> Tensor:
     """The same label with size 1 along every dimension in which it does not vary."""
+    if not t.numel():  # nothing was found, no box was kept
+        return t
     for d in range(t.dim()):
         if t.shape[d] > 1 and t.stride(d) == 0:
             t = t.narrow(d, 0, 1)

@@ -10,7 +10,9 @@ asserted in it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from fxmerge.running import bind, call, difference, evaluating, fresh, plain
 from fxmerge.symbolic import unread, user_line
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+Run = Callable[..., Recorder]
 
 
 def record(
@@ -33,11 +36,11 @@ def record(
     Raises:
         TraceError: something made the result that is no torch function.
     """
-    first = _recorded(module, (args, kwargs))
+    first, run = _first(module, (args, kwargs))
     notes = [*first.notes]
     if first.flags:
-        _follow_mode(first, module, (args, kwargs))
-    graph_module, why = _follow_batch(first, module, (args, kwargs))
+        _follow_mode(first, partial(run, (args, kwargs)))
+    graph_module, why = _follow_batch(first, run, module, (args, kwargs))
     if why is not None:
         notes.append(f"the batch size is fixed in the graph: {why}")
     _assert_shapes(graph_module, first.inputs, fixed=why is not None)
@@ -46,13 +49,37 @@ def record(
     return graph_module, tuple(notes)
 
 
-def _recorded(module: nn.Module, arguments: Arguments, training: bool = False) -> Recorder:
+def _first(module: nn.Module, arguments: Arguments) -> tuple[Recorder, Run]:
+    """The recording, and how to make another.
+
+    Where parameters are not read, the network may have kept what it computed from them; being told to train, it
+    drops that.
+    """
+    found: list[tuple[Recorder, Run]] = []
+    missing: list[int] = []
+    for dropping in (False, True):
+        run = partial(_recorded, module, dropping=dropping)
+        try:
+            recorder = run(arguments)
+        except TraceError as error:
+            failure = error
+            continue
+        found.append((recorder, run))
+        missing.append(len(unread(recorder.built(module), module)))
+        if not missing[-1]:
+            break
+    if not found:
+        raise failure
+    return found[missing.index(min(missing))]
+
+
+def _recorded(module: nn.Module, arguments: Arguments, *, training: bool = False, dropping: bool = False) -> Recorder:
+    """One run; ``dropping`` what the network keeps of earlier ones."""
     recorder = Recorder(module)
     try:
-        with evaluating(module):
-            if training:
-                for m in module.modules():
-                    m.training = True
+        with evaluating(module), _dropping(module) if dropping else nullcontext():
+            for m in module.modules():
+                m.training = training
             recorder.run(*fresh(arguments))
     except TraceError:
         raise
@@ -61,13 +88,25 @@ def _recorded(module: nn.Module, arguments: Arguments, training: bool = False) -
     return recorder
 
 
-def _follow_mode(recorder: Recorder, module: nn.Module, arguments: Arguments) -> None:
+@contextmanager
+def _dropping(module: nn.Module) -> Iterator[None]:
+    """Tells ``module`` to train, which some networks take for folding parameters: these come back."""
+    values = [p.detach().clone() for p in module.parameters()]
+    try:
+        module.train()
+        yield
+    finally:
+        for p, value in zip(module.parameters(), values, strict=True):
+            p.copy_(value)
+
+
+def _follow_mode(recorder: Recorder, run: Run) -> None:
     """Functions that are told whether the network is training (dropout) ask a layer of the graph.
 
     Which do, and which are told a constant, is seen in a run in training mode.
     """
     try:
-        trained = _recorded(module, arguments, training=True).flags
+        trained = run(training=True).flags
     except TraceError:  # batch statistics of one sample, for example
         return
     graph = recorder.graph
@@ -86,18 +125,20 @@ def _follow_mode(recorder: Recorder, module: nn.Module, arguments: Arguments) ->
             node.kwargs = {**node.kwargs, "training": flag}
 
 
-def _follow_batch(recorder: Recorder, module: nn.Module, arguments: Arguments) -> tuple[fx.GraphModule, str | None]:
+def _follow_batch(
+    recorder: Recorder, run: Run, module: nn.Module, arguments: Arguments
+) -> tuple[fx.GraphModule, str | None]:
     """The graph for any batch size where a run on twice the batch tells how; else the graph as it is, and why."""
     fixed = recorder.built(module)
     twice, thrice = repeated(arguments, 2), repeated(arguments, 3)
     if twice is None:
         return fixed, "the inputs have no batch axis in common"
     try:
-        other = _recorded(module, twice)
+        other = run(twice)
     except TraceError as error:
         return fixed, f"on twice the batch, recording {error}"
     if recorder.flags:
-        _follow_mode(other, module, twice)
+        _follow_mode(other, partial(run, twice))
     if difference(recorder.constants, other.constants):
         raise TraceError(
             "meets a tensor that follows the inputs and that no torch function made (but NumPy, a scripted function, "

@@ -67,6 +67,8 @@ class Recorder(TorchFunctionMode):
         self.constants: dict[str, Tensor] = {}
         self.flags: dict[tuple[str, str, int], tuple[fx.Node, bool]] = {}
         self.inputs: list[Input] = []
+        self._first: Tensor | None = None  # of them
+        self._device: fx.Node | None = None  # where the inputs are
         # id -> the tensor, kept alive so that ids stay unique; the node that has it, and where in its value.
         self._places: dict[int, tuple[Tensor, fx.Node, tuple[Any, ...]]] = {}
         self._names: dict[int, str] = {}
@@ -80,7 +82,7 @@ class Recorder(TorchFunctionMode):
             (f"{path}.{key}".lstrip("."), value)
             for path, m in root.named_modules()
             for key, value in vars(m).items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and not value.requires_grad
         )
         for name, tensor in chain(root.named_parameters(), root.named_buffers(), attributes):
             self._names.setdefault(id(tensor), name)
@@ -124,6 +126,7 @@ class Recorder(TorchFunctionMode):
             self.notes[f"argument {name!r} is fixed in the graph where it is {value!r}"] = None
         for path, tensor in tensors:
             self._places[id(tensor)] = (tensor, node, path)
+            self._first = tensor if self._first is None else self._first
             self.inputs.append(Input(node, path, tuple(tensor.shape)))
 
     def _node(self, tensor: Tensor) -> fx.Node:
@@ -148,8 +151,8 @@ class Recorder(TorchFunctionMode):
             return node
         if tensor.requires_grad:
             raise TraceError(
-                f"meets a trained tensor of shape {list(tensor.shape)} that is no parameter of the network, or was computed "
-                "from its parameters in an earlier run; register it, or clear what the network keeps"
+                f"meets a trained tensor of shape {list(tensor.shape)} that is no parameter of the network, or was "
+                "computed from its parameters in an earlier run; register it, or clear what the network keeps"
             )
         name = f"_tensor_constant{len(self.constants)}"
         while hasattr(self.root, name):
@@ -172,6 +175,10 @@ class Recorder(TorchFunctionMode):
             if hasattr(value, "_fields"):  # its constructor may look at what it is given
                 return self._write("call_function", type(value), tuple(parts), {}, False)
             return parts if isinstance(value, list) else tuple(parts)
+        if isinstance(value, torch.device) and self._first is not None and value == self._first.device:
+            if self._device is None:
+                self._device = self.graph.call_function(getattr, (self._node(self._first), "device"))
+            return self._device
         if type(value) in _PLAIN:
             return value
         kind: Any
@@ -220,7 +227,7 @@ class Recorder(TorchFunctionMode):
         path = self._paths.get(id(module))
         if self._busy or path is None:
             return original(module, *args, **kwargs)
-        if not path or not _is_leaf(module):
+        if not path or not _is_leaf(module, (*args, *kwargs.values())):
             self._stack.append(path)
             try:
                 return original(module, *args, **kwargs)
@@ -318,8 +325,8 @@ def _spelled(function: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any,
     return "call_function", function, args
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    """What symbolic tracing takes whole, and the layers without parts of torchvision."""
+def _is_leaf(module: nn.Module, given: tuple[Any, ...]) -> bool:
+    """What symbolic tracing takes whole, and of torchvision's layers those without parts, from tensors to tensors."""
     if type(module).__module__.startswith("torchvision.ops."):
-        return not module._modules
+        return not module._modules and all(isinstance(value, Tensor) for value in given)
     return fx.Tracer().is_leaf_module(module, "")
