@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from fxmerge.batch import Input, follow, repeated
 from fxmerge.errors import TraceError, few, told
-from fxmerge.recorder import Recorder, training_place
+from fxmerge.recorder import Recorder
 from fxmerge.running import bind, call, difference, evaluating, fresh, plain
 from fxmerge.symbolic import unread, user_line
 
@@ -101,7 +101,7 @@ def _dropping(module: nn.Module) -> Iterator[None]:
 
 
 def _follow_mode(recorder: Recorder, run: Run) -> None:
-    """Functions that are told whether the network is training (dropout) ask a layer of the graph.
+    """Functions that are told whether the network trains (dropout, attention) ask a layer of the graph.
 
     Which do, and which are told a constant, is seen in a run in training mode.
     """
@@ -112,17 +112,14 @@ def _follow_mode(recorder: Recorder, run: Run) -> None:
     graph = recorder.graph
     kept = set(graph.nodes)
     layers = [str(node.target) for node in graph.find_nodes(op="call_module")]
-    for key, (node, _) in recorder.flags.items():
-        if node not in kept or not layers or not trained.get(key, (node, False))[1]:
+    for key, flag in recorder.flags.items():
+        node, told_then = flag.node, trained[key].value if key in trained else flag.value
+        if node not in kept or not layers or flag.value == told_then:
             continue
         inside = [path for path in layers if path.startswith(f"{key[0]}.")] or layers
         with graph.inserting_before(node):
-            flag = graph.call_function(getattr, (graph.get_attr(inside[0]), "training"))
-        place = training_place(node.target)
-        if place is not None and place < len(node.args):
-            node.args = (*node.args[:place], flag, *node.args[place + 1 :])
-        else:
-            node.kwargs = {**node.kwargs, "training": flag}
+            mode = graph.call_function(getattr, (graph.get_attr(inside[0]), "training"))
+            flag.replace(mode if told_then is True else graph.call_function(operator.mul, (mode, told_then)))
 
 
 def _follow_batch(

@@ -11,6 +11,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -35,9 +36,33 @@ _PLAIN = (
 )  # fmt: skip
 
 
+@dataclass
+class Flag:
+    """An argument by which a function is told the mode: "training", or a "dropout_p" that is 0 in eval mode."""
+
+    node: fx.Node
+    place: int | str
+
+    @property
+    def value(self) -> Any:
+        return self.node.args[self.place] if isinstance(self.place, int) else self.node.kwargs[self.place]
+
+    def replace(self, value: Any) -> None:
+        if isinstance(self.place, int):
+            self.node.update_arg(self.place, value)
+        else:
+            self.node.update_kwarg(self.place, value)
+
+
+def _mode_place(node: fx.Node) -> int | str | None:
+    """Where a call is told the mode; None if it is not."""
+    given = next((key for key in ("training", "dropout_p") if key in node.kwargs), None)
+    place = _training_place(node.target) if given is None and node.op == "call_function" else None
+    return place if place is not None and place < len(node.args) else given
+
+
 @cache
-def training_place(function: Any) -> int | None:
-    """Where among the arguments of a function of torch it is told the mode; None if it is not."""
+def _training_place(function: Any) -> int | None:
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # built in
@@ -56,7 +81,7 @@ class Recorder(TorchFunctionMode):
         notes: for the report.
         constants: name -> tensor, for those that come from nowhere in the module.
         inputs: every tensor among the inputs.
-        flags: (path of the module, function, count) -> (node, mode), for functions that are told the mode.
+        flags: (path of the module, function, count) -> what told the function the mode.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -65,7 +90,7 @@ class Recorder(TorchFunctionMode):
         self.graph = fx.Graph()
         self.notes: dict[str, None] = {}
         self.constants: dict[str, Tensor] = {}
-        self.flags: dict[tuple[str, str, int], tuple[fx.Node, bool]] = {}
+        self.flags: dict[tuple[str, str, int], Flag] = {}
         self.inputs: list[Input] = []
         self._first: Tensor | None = None  # of them
         self._device: fx.Node | None = None  # where the inputs are
@@ -216,11 +241,9 @@ class Recorder(TorchFunctionMode):
             return result  # a constant, where it is used
         node = self._write(*_spelled(func, operands[0]), operands[1], written)
         result = self._place(node, result, [t for t, _ in versions], written)
-        place = training_place(node.target) if node.op == "call_function" else None
-        if place is not None:
-            mode = node.kwargs.get("training", node.args[place] if place < len(node.args) else None)
-            path, count = self._stack[-1], sum(k[:2] == (self._stack[-1], name) for k in self.flags)
-            self.flags[path, name, count] = (node, mode is True)
+        if (place := _mode_place(node)) is not None:
+            path, count = self._stack[-1], sum(key[:2] == (self._stack[-1], name) for key in self.flags)
+            self.flags[path, name, count] = Flag(node, place)
         return result
 
     def _called(self, original: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -315,14 +338,22 @@ def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any
 
 def _spelled(function: Any, args: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
     """A call of a torch function as fx writes it: the kind of node, its target, its arguments."""
-    name = getattr(function, "__name__", "")
-    if name == "__get__":
+    if getattr(function, "__name__", "") == "__get__":
         return "call_function", getattr, (args[0], function.__self__.__name__)
+    name = _methods().get(function)
+    if name is None:
+        return "call_function", function, args
     if name.startswith("__") and hasattr(operator, name):
         return "call_function", getattr(operator, name.strip("_"), getattr(operator, name)), args
-    if getattr(Tensor, name, None) is function:
-        return "call_method", name, args
-    return "call_function", function, args
+    return "call_method", name, args
+
+
+@cache
+def _methods() -> dict[Any, str]:
+    """Method of tensors -> its name; a plain name where there are several."""
+    named = sorted(dir(Tensor), key=lambda name: name.startswith("_"), reverse=True)
+    found = ((getattr(Tensor, name), name) for name in named if name != "__hash__")
+    return {method: name for method, name in found if callable(method) and not isinstance(method, type)}
 
 
 def _is_leaf(module: nn.Module, given: tuple[Any, ...]) -> bool:

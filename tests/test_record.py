@@ -137,6 +137,15 @@ def options(self, x, *more, mask=None, scale=1.0, pair=None, **rest):
     return self.head(x)
 
 
+def operators(self, x):
+    y = self.layer(x)
+    y = (2.0 - y) ** 2 + 2**y - 3 / (y.abs() + 1) + (y // 0.5) % 2 - +y + abs(-y)
+    y **= 2
+    y -= x
+    y *= ~(x > 0.5) & (x != 0) | (x == 1)
+    return x @ y.T, 1 - y.real, y >= x, x.mT @ y, y[None, ..., ::2, y.new_tensor([0, 2]).long()]
+
+
 def sequences(self, x, lengths):
     packed = pack_padded_sequence(self.words(x), lengths, batch_first=True, enforce_sorted=False)
     out, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
@@ -162,6 +171,7 @@ CASES = [
     (batched, X),
     (unpacked, X),
     (tuples, X),
+    (operators, X),
     (repeated_layers, X),
     (residual, X),
     (options, X),
@@ -264,6 +274,11 @@ def test_devices_of_the_input_are_followed():
     assert isinstance(arange.kwargs["device"], torch.fx.Node)
 
 
+def attend(x: Tensor, dropout_p: float) -> Tensor:
+    x = x.view(-1, 2, 3)
+    return F.scaled_dot_product_attention(x, x, x, dropout_p=dropout_p)
+
+
 # Training ---------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +288,7 @@ def test_devices_of_the_input_are_followed():
         (lambda self, x: self.cell(x), True),
         (lambda self, x: F.dropout(self.layer(x), 0.5, self.training), True),
         (lambda self, x: F.dropout(self.layer(x), 0.5, training=False), False),
+        (lambda self, x: attend(self.layer(x), dropout_p=0.5 if self.training else 0.0), True),
         (lambda self, x: self.layer(x) + self.drop(x), True),
     ],
 )
