@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -436,6 +437,37 @@ def test_a_permuted_twin_merges_into_the_parent(body, tmp_path):
         assert_follows(graph_module, module, torch.cat([X, X, X]))
     result.save(tmp_path / "out")
     assert_follows(fxmerge.load(tmp_path / "out"), module, torch.cat([X, X, X]))
+
+
+def test_packed_sequences_leave_hidden_units_free():
+    module = net(sequences)
+    classes = fxmerge.infer_classes(module, (IDS, torch.tensor([3, 2])))
+    free = [c for c in classes if c.free]
+    assert sorted(str(site) for site in free[0].sites) == ["lstm.weight_ih_l0:1", "words.weight:1"]
+    assert "lstm.weight_hh_l0:1" in map(str, free[1].sites)
+    assert fxmerge.verify(module, classes).ok
+
+
+def test_entries_chosen_by_the_data_keep_their_neurons_free():
+    def body(self, x):
+        y = self.cell(x.view(-1, 2, 3).repeat(1, 1, 2))
+        return self.head(y[torch.arange(len(x)), x.argmax(-1) % 2])
+
+    classes = fxmerge.infer_classes(net(body), X)
+    assert any(c.free and "cell.layer.weight:0" in map(str, c.sites) for c in classes)
+    assert fxmerge.verify(net(body), classes).ok
+
+
+def test_one_neuron_all_over_is_said_once():
+    def body(self, x):
+        x = x + self.words.weight[0].mean() + self.words(torch.zeros(1, dtype=torch.long))
+        for _ in range(12):
+            x = self.layer(F.layer_norm(x, (6,))) + x
+        return self.head(x) if x.sum() > -1e9 else x
+
+    started = time.perf_counter()
+    fxmerge.infer_classes(net(body), X)
+    assert time.perf_counter() - started < 30  # doubled with every layer, it would be minutes
 
 
 def test_networks_that_cast_are_verified_in_float64():
