@@ -36,6 +36,8 @@ def record(
     Raises:
         TraceError: something made the result that is no torch function.
     """
+    if any("_orig_mod" in m._modules for m in module.modules()):
+        raise TraceError("does not look into compiled modules: give the module that torch.compile was given")
     first, run = _first(module, (args, kwargs))
     notes = [*first.notes]
     if first.flags:
@@ -136,7 +138,7 @@ def _follow_batch(
         return fixed, f"on twice the batch, recording {error}"
     if recorder.flags:
         _follow_mode(other, partial(run, twice))
-    if difference(recorder.constants, other.constants):
+    if recorder.constants.keys() == other.constants.keys() and difference(recorder.constants, other.constants):
         raise TraceError(
             "meets a tensor that follows the inputs and that no torch function made (but NumPy, a scripted function, "
             "another library)"

@@ -112,6 +112,8 @@ def _require_usable(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module, got {type(module).__name__}")
     name = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InputError(f"{name} is compiled by torch.jit; give the module that it was made of")
     parameters = dict(module.named_parameters())
     tensors = parameters | dict(module.named_buffers())
     if lazy := [key for key, tensor in tensors.items() if is_lazy(tensor)]:

@@ -398,6 +398,12 @@ def test_where_both_ways_fail_the_error_says_why_for_each(body, message):
     assert "torch.fx.wrap" in said
 
 
+def test_compiled_modules_are_told():
+    module = torch.compile(nn.Sequential(nn.Linear(6, 6)), backend="eager")
+    with pytest.raises(TraceError, match="give the module that torch[.]compile was given"):
+        record(module, (X,), {})
+
+
 # Merging ----------------------------------------------------------------------------------------------------------
 
 
@@ -437,6 +443,16 @@ def test_a_permuted_twin_merges_into_the_parent(body, tmp_path):
         assert_follows(graph_module, module, torch.cat([X, X, X]))
     result.save(tmp_path / "out")
     assert_follows(fxmerge.load(tmp_path / "out"), module, torch.cat([X, X, X]))
+
+
+def test_statistics_come_from_batches_of_any_size():
+    module = net(merged_body)
+    twin = fxmerge.permute(module, fxmerge.infer_classes(module, X), seed=1)
+    data = [3 * torch.randn(size, 6) for size in (80, 80, 3)]
+    result = fxmerge.merge(module, twin, example_inputs=X, data=data, repair=None, progress=False)
+    torch.testing.assert_close(result.module.state_dict(), module.state_dict())
+    with pytest.raises(fxmerge.InputError, match=r"batch 1 of the data .* must be of shape \[any, 6\]"):
+        fxmerge.merge(module, twin, example_inputs=X, data=[X, torch.rand(2, 5)], progress=False)
 
 
 def test_packed_sequences_leave_hidden_units_free():
