@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -54,7 +55,7 @@ class Net(nn.Module):
         self.head.bias = self.layer.bias
         self.lstm, self.attention = nn.LSTM(6, 6, batch_first=True), nn.MultiheadAttention(6, 2, batch_first=True)
         self.drop, self.inplace, self.norm = nn.Dropout(0.5), nn.ReLU(inplace=True), nn.BatchNorm1d(6)
-        self.words = nn.Embedding(9, 6)
+        self.words, self.depth = nn.Embedding(9, 6), torchvision.ops.StochasticDepth(0.5, "row")
         self.scale = nn.Parameter(torch.rand(6))
         self.table = torch.rand(6)  # no buffer
         self.tables = {"one": torch.rand(6)}
@@ -291,14 +292,16 @@ def attend(x: Tensor, dropout_p: float) -> Tensor:
         (lambda self, x: F.dropout(self.layer(x), 0.5, training=False), False),
         (lambda self, x: attend(self.layer(x), dropout_p=0.5 if self.training else 0.0), True),
         (lambda self, x: self.layer(x) + self.drop(x), True),
+        (lambda self, x: x + self.depth(self.layer(x)), True),
     ],
 )
 def test_dropout_follows_the_mode(body, random):
     module = net(body)
     graph_module, _ = record(module, (X,), {})
+    x = torch.rand(40, 6)
     for training in (True, False, True):
         graph_module.train(training)
-        first, second = graph_module(X), graph_module(X)
+        first, second = graph_module(x), graph_module(x)
         assert torch.equal(first, second) is not (random and training)
 
 
@@ -400,7 +403,7 @@ def test_where_both_ways_fail_the_error_says_why_for_each(body, message):
 
 def test_compiled_modules_are_told():
     module = torch.compile(nn.Sequential(nn.Linear(6, 6)), backend="eager")
-    with pytest.raises(TraceError, match="give the module that torch[.]compile was given"):
+    with pytest.raises(TraceError, match=r"give the module that torch\.compile was given"):
         record(module, (X,), {})
 
 
@@ -494,6 +497,20 @@ def test_networks_that_cast_are_verified_in_float64():
 
     classes = fxmerge.infer_classes(net(body), X)
     assert fxmerge.verify(net(body), classes).error < 1e-13
+
+
+@torch.fx.wrap
+def single(x: Tensor) -> Tensor:
+    if x.dtype == torch.float64:
+        raise RuntimeError("no kernel for Double")
+    return x
+
+
+def test_networks_without_kernels_for_float64_are_told():
+    module = net(lambda self, x: self.head(single(self.layer(x))))
+    classes = fxmerge.infer_classes(module, X)
+    with pytest.raises(fxmerge.FxMergeError, match=r"does not run in float64.*no kernel.*verify=False"):
+        fxmerge.verify(module, classes)
 
 
 def test_constants_of_either_front_end_reach_the_fused_network():
