@@ -332,6 +332,11 @@ def _rebuild_graph(records: list[dict[str, Any]], root: fx.GraphModule) -> fx.Gr
             if record.get("wrapped"):
                 nodes[name].meta["is_wrapped"] = True
     graph.lint()
+    for node in graph.find_nodes(op="get_attr"):
+        found: Any = reduce(getattr, node.target.split("."), root)
+        mode = all(user.target is getattr and user.args == (node, "training") for user in node.users)
+        if isinstance(found, nn.Module) and not mode:  # a layer may tell the mode, and nothing else
+            raise FormatError(f"node {node.name!r} reads a tensor, but {node.target!r} is a {type(found).__name__}")
     return graph
 
 

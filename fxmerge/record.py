@@ -161,10 +161,7 @@ def _assert_shapes(graph_module: fx.GraphModule, inputs: Sequence[Input], fixed:
     """Refuses inputs of other shapes than those recorded, from axis 1 on or, where that is fixed too, from axis 0."""
     graph = graph_module.graph
     nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}
-    last = list(nodes.values())[-1]
-    with graph.inserting_after(last):
-        first = graph.call_function(operator.not_)  # a place to stand
-    with graph.inserting_before(first):
+    with graph.inserting_before(list(nodes.values())[-1].next):
         for given in inputs:
             node = nodes[given.node.name]
             for key in given.path:
@@ -177,5 +174,4 @@ def _assert_shapes(graph_module: fx.GraphModule, inputs: Sequence[Input], fixed:
             same = graph.call_function(operator.eq, (shape, wanted))
             message = f"{given.node.target} must be of shape {said}, as when the network was recorded"
             graph.call_function(torch._assert, (same, message))
-    graph.erase_node(first)
     graph_module.recompile()
