@@ -209,6 +209,8 @@ def _describe_tensors(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str,
                 found[f"{path}.{key}".lstrip(".")] = t, record
     for node in module.graph.find_nodes(op="get_attr"):
         value: Any = reduce(getattr, node.target.split("."), module)
+        if isinstance(value, nn.Module):  # a layer that tells the mode
+            continue
         if not isinstance(value, Tensor):
             raise FormatError(f"node {node.name!r} reads {node.target!r}, a {type(value).__name__}; make it a buffer")
         found.setdefault(node.target, (value, {"kind": "constant"}))
@@ -330,6 +332,11 @@ def _rebuild_graph(records: list[dict[str, Any]], root: fx.GraphModule) -> fx.Gr
             if record.get("wrapped"):
                 nodes[name].meta["is_wrapped"] = True
     graph.lint()
+    for node in graph.find_nodes(op="get_attr"):
+        found: Any = reduce(getattr, node.target.split("."), root)
+        mode = all(user.target is getattr and user.args == (node, "training") for user in node.users)
+        if isinstance(found, nn.Module) and not mode:  # a layer may tell the mode, and nothing else
+            raise FormatError(f"node {node.name!r} reads a tensor, but {node.target!r} is a {type(found).__name__}")
     return graph
 
 
@@ -348,7 +355,8 @@ def _target(op: str, name: str, args: tuple[Any, ...], root: fx.GraphModule) -> 
         if not re.fullmatch(r"[\w .:/+-]+", name):
             raise FormatError(f"{name!r} is no path of a module or a tensor")
         found = reduce(getattr, name.split("."), root)
-        if not isinstance(found, nn.Module if op == "call_module" else Tensor) or type(found) is nn.Module:
+        fitting = nn.Module if op == "call_module" else (Tensor, nn.Module)
+        if not isinstance(found, fitting) or type(found) is nn.Module:
             raise FormatError(f"{name!r} is a {type(found).__name__}")
     elif op not in ("call_method", "output"):
         raise FormatError(f"{op!r} is no operation of a graph")

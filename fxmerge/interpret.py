@@ -328,8 +328,12 @@ class _Watch(SchemaCheckMode):
         return result
 
     def _shaped(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Labels need no numbers: a contraction of labelled values is not computed, only its shape is."""
-        if all(self._interpretation.is_constant(t) for t in args if isinstance(t, Tensor)):
+        """Labels need no numbers: a contraction of labelled values is not computed, only its shape is.
+
+        Recorded graphs may hold shapes that follow from values (the boxes that were kept), so these run as they are.
+        """
+        recorded = self._interpretation.traced.origin == "recorded"
+        if recorded or all(self._interpretation.is_constant(t) for t in args if isinstance(t, Tensor)):
             return func(*args, **kwargs)
         device = next(t.device for t in args if isinstance(t, Tensor))
         shape = func(*(t.to("meta") if isinstance(t, Tensor) else t for t in args), **kwargs)

@@ -21,7 +21,7 @@ class Traced:
         source: the module that was traced.
         args, kwargs: the example inputs, as the call ``source(*args, **kwargs)``.
         shapes: node name -> shape of its output, for nodes that produce one tensor.
-        origin: which front end made the graph ("symbolic").
+        origin: which front end made the graph ("symbolic" or "recorded").
         notes: what a reader of the report should know, such as where the example inputs came from.
     """
 

@@ -53,6 +53,8 @@ def varying(t: Tensor) -> tuple[int, ...]:
 
 def narrow(t: Tensor) -> Tensor:
     """The same label with size 1 along every dimension in which it does not vary."""
+    if not t.numel():  # nothing was found, no box was kept
+        return t
     for d in range(t.dim()):
         if t.shape[d] > 1 and t.stride(d) == 0:
             t = t.narrow(d, 0, 1)
@@ -249,6 +251,8 @@ class Context:
 
     def _meet(self, known: list[Tensor], new: Tensor) -> list[Tensor]:
         """``known`` with ``new`` related to each of its members, and what another member implies left out."""
+        if new.numel() == 1 and any(t.numel() == 1 and bool((t == new).all()) for t in known):
+            return known  # one neuron all over, said before
         kept = []
         for t in known:
             if not _overlap(t, new):

@@ -44,11 +44,11 @@ def rewrite(classes: AxisClasses, state: Mapping[str, Tensor], fused: AxisClasse
     """
     traced = classes.traced
     source = copy.deepcopy(traced.source)
-    module = fx.GraphModule(source, copy.deepcopy(traced.graph_module.graph), class_name=type(source).__name__)
-    held = full_state(module).keys()
+    held = full_state(source).keys()
     for name, value in full_state(traced.graph_module).items():  # constants that tracing itself made
         if name not in held:
-            _attach(module, name, value)
+            _attach(source, name, value)
+    module = fx.GraphModule(source, copy.deepcopy(traced.graph_module.graph), class_name=type(source).__name__)
     _complete(module, source)
     resize(module, state, {site for c in fused for site in c.sites})
     adapt(module, classes, fused)
@@ -106,4 +106,5 @@ def _attach(module: nn.Module, name: str, value: Tensor) -> None:
         if part not in module._modules:
             module.add_module(part, nn.Module())
         module = module._modules[part]  # type: ignore[assignment]
+    vars(module).pop(leaf, None)  # a plain attribute
     module.register_buffer(leaf, value.clone(), persistent=False)

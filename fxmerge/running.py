@@ -7,15 +7,17 @@ import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fxmerge.errors import FxMergeError, InputError, told
+from fxmerge.errors import FxMergeError, InputError, few, told
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
 
@@ -201,6 +203,73 @@ def _refill(live: Any, content: Any) -> None:
     if not same:
         live.clear()
         (live.extend if isinstance(live, list) else live.update)(content)
+
+
+def plain(output: Any, lost: list[str] | None = None, place: str = "output") -> Any:
+    """A nested output of dicts, lists, tuples, tensors and constants alone: dataclasses are dicts of their fields.
+
+    Other objects become None; ``lost`` is told where.
+    """
+    if is_dataclass(output) and not isinstance(output, type):
+        output = {f.name: getattr(output, f.name) for f in fields(output)}
+    if isinstance(output, Mapping):
+        return {key: plain(value, lost, f"{place}[{key!r}]") for key, value in output.items()}
+    if isinstance(output, (tuple, list)):
+        parts = [plain(value, lost, f"{place}[{i}]") for i, value in enumerate(output)]
+        if hasattr(output, "_fields"):
+            return type(output)(*parts)
+        return parts if isinstance(output, list) else tuple(parts)
+    if isinstance(output, (Tensor, bool, int, float, complex, str, torch.dtype, torch.device)) or output is None:
+        return output
+    if lost is not None:
+        lost.append(f"{place}, a {type(output).__name__},")
+    return None
+
+
+def _leaves(output: Any, path: str = "output") -> list[tuple[str, Any]]:
+    if isinstance(output, dict):
+        parts = list(output.items())
+    elif isinstance(output, (tuple, list)):
+        parts = list(enumerate(output))
+    else:
+        return [(path, output)]
+    return [leaf for key, value in parts for leaf in _leaves(value, f"{path}[{key!r}]")]
+
+
+def difference(expected: Any, actual: Any) -> str | None:
+    """Where two nested outputs differ by more than rounding, in words; None where they agree."""
+    wanted, found = _leaves(expected), _leaves(actual)
+    if [path for path, _ in wanted] != [path for path, _ in found]:
+        return f"it returns {few([p for p, _ in found])} instead of {few([p for p, _ in wanted])}"
+    for (path, a), (_, b) in zip(wanted, found, strict=True):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            if type(a) is not type(b) or a != b:
+                return f"{path} is {b!r} instead of {a!r}"
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            return f"{path} is {described(b)} instead of {described(a)}"
+        elif not torch.equal(a, b):
+            inexact = a.is_floating_point() or a.is_complex()
+            finite = a[a.isfinite()].abs()
+            tolerance = 64 * torch.finfo(a.dtype).eps * float(finite.max()) if inexact and finite.numel() else 0.0
+            if not torch.allclose(a, b, rtol=0, atol=tolerance, equal_nan=True):
+                return f"{path} differs by up to {float((a - b).abs().nan_to_num().max()):.3g}"
+    return None
+
+
+class Doubled(TorchFunctionMode):
+    """Inside, whatever is cast to another floating dtype, or made of one, is of float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func in _CASTS else func
+        args, kwargs = pytree.tree_map(_doubled, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+_CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+
+
+def _doubled(leaf: Any) -> Any:
+    return torch.float64 if isinstance(leaf, torch.dtype) and leaf.is_floating_point else leaf
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""The front end: symbolic tracing by ``torch.fx``, for one call, in eval mode.
+"""The first front end: symbolic tracing by ``torch.fx``, for one call, in eval mode.
 
     nn.Module, args, kwargs  --symbolic-->  fx.GraphModule, notes for the report
 
-Another front end only has to return the same two things.
+Batch size and loops over sizes stay symbolic; what Python must know of a value cannot be traced, see ``record``.
 """
 
 from __future__ import annotations
@@ -52,16 +52,20 @@ def symbolic(
                     graph.erase_node(node)
             # Inside, because constants met on the way are attributes of the module until it is restored.
             graph_module = fx.GraphModule(module, graph, type(module).__name__)
-        _arrange(graph_module, module)
-        kept = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
-        unread = [name for name, _ in module.named_parameters() if name not in kept]
-        if unread:
-            tracer.notes[f"not read in eval mode, so not in the graph: {few(unread)}"] = None
+        arrange(graph_module, module)
+        if missing := unread(graph_module, module):
+            tracer.notes[f"not read in eval mode, so not in the graph: {few(missing)}"] = None
         return graph_module, tuple(tracer.notes)
-    raise _untraceable(module, failure) from failure
+    raise _untraceable(failure) from failure
 
 
-def _arrange(graph_module: fx.GraphModule, source: nn.Module) -> None:
+def unread(graph_module: fx.GraphModule, source: nn.Module) -> list[str]:
+    """Names of the parameters that the graph does not use."""
+    kept = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
+    return [name for name, _ in source.named_parameters() if name not in kept]
+
+
+def arrange(graph_module: fx.GraphModule, source: nn.Module) -> None:
     """Give the containers that fx made the order, mode and persistence of their originals.
 
     Order decides which name of a tied parameter comes first; constants must not enter the state_dict.
@@ -199,15 +203,14 @@ _REASONS = (
 _INTERNAL = tuple(os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__))
 
 
-def _untraceable(module: nn.Module, error: Exception) -> TraceError:
-    reason = next(text for pattern, text in _REASONS if pattern in str(error))
+def user_line(error: Exception) -> str:
+    """Where in the user's code an error arose, to stand after a verb."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_INTERNAL)]
     if not frames:
-        where = "inside torch; a layer of torch.nn is taken whole where another module holds it"
-    else:
-        where = f"at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}:\n    {frames[-1].line}"
-    return TraceError(
-        f"fxmerge traces symbolically, and {type(module).__name__} stops that {where}\nThere {reason} "
-        f"({told(error).split('. ')[0]}).\nThe way out: put that line into a function and mark it with "
-        "torch.fx.wrap, which makes it one operation of the graph, or write it without needing a traced value."
-    )
+        return " inside torch"
+    return f" at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name} ({frames[-1].line})"
+
+
+def _untraceable(error: Exception) -> TraceError:
+    reason = next(text for pattern, text in _REASONS if pattern in str(error))
+    return TraceError(f"stops{user_line(error)}: there {reason} ({told(error).split('. ')[0]})")

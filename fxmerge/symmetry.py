@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.errors import VerifyError
+from fxmerge.errors import VerifyError, told
 from fxmerge.ir import AxisClass, AxisClasses, Site
-from fxmerge.running import call, evaluating, to_device
+from fxmerge.running import Doubled, call, evaluating, to_device
 
 Permutations = Sequence[Tensor]
 """Per class: int64 [size]; neuron i moves to place p[i]."""
@@ -154,12 +154,18 @@ def verify(
     """
     traced = classes.traced
     graph = traced.graph_module
-    with evaluating(module, graph):
-        known = full_state(graph)
-        state = {k: v.detach() for k, v in full_state(module).items() if k in known}
+    with evaluating(module, graph), Doubled():
+        known, own = full_state(graph), full_state(module)
+        state = {k: own.get(k, v).detach() for k, v in known.items()}
         moves = random_element(classes, seed, only)
         args, kwargs = to_device((traced.args, dict(traced.kwargs)), None, torch.float64)
-        before = call(graph, args, kwargs, state=to_device(state, None, torch.float64))
+        try:
+            before = call(graph, args, kwargs, state=to_device(state, None, torch.float64))
+        except RuntimeError as error:  # a kernel that there is for float32 only
+            raise VerifyError(
+                f"{type(module).__name__} does not run in float64, which verification needs ({told(error)}); merge "
+                "with verify=False, or give it operations that do"
+            ) from error
         after = call(graph, args, kwargs, state=to_device(apply(classes, moves, state), None, torch.float64))
     moved = sum(int((m != torch.arange(len(m))).sum()) for m in moves)
     return Verification(relative_error(before, after), moved, tolerance)

@@ -1,6 +1,6 @@
 """From a module to a graph: ``trace`` is the one way in, and everything it returns reproduces the module.
 
-    nn.Module, example inputs  --symbolic-->  fx.GraphModule  --one run, compared with eager-->  Traced
+    nn.Module, example inputs  --symbolic, else record-->  fx.GraphModule  --one run, compared with eager-->  Traced
 
 What no pass could work with (parameters not initialised, quantised, not finite) is told here, before anything runs.
 """
@@ -8,7 +8,6 @@ What no pass could work with (parameters not initialised, quantised, not finite)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,19 @@ from torch.utils import _pytree as pytree
 from fxmerge.errors import InputError, TraceError, few, told
 from fxmerge.guess import infer_example_inputs
 from fxmerge.ir import Traced
-from fxmerge.running import as_call, bind, bind_forward, described, evaluating, failed_on, fresh, run_eager, to_device
+from fxmerge.record import record
+from fxmerge.running import (
+    as_call,
+    bind,
+    bind_forward,
+    difference,
+    evaluating,
+    failed_on,
+    fresh,
+    plain,
+    run_eager,
+    to_device,
+)
 from fxmerge.symbolic import symbolic
 
 
@@ -47,8 +58,29 @@ def trace(module: nn.Module, example_inputs: Any = None, *, check: bool = True) 
     args, kwargs = to_device(as_call(example_inputs), next(module.parameters()).device)
     bind_forward(module, args, kwargs)  # what does not fit is told in terms of the call, not of some layer inside
     expected = run_eager(module, args, kwargs) if check else None
+    failures: list[str] = []
+    for origin, front_end in (("symbolic", symbolic), ("recorded", record)):
+        try:
+            graph_module, found = front_end(module, args, kwargs)
+            output, shapes = _run(graph_module, module, args, kwargs, check)
+            if check and (what := difference(plain(expected), plain(output))):
+                raise TraceError(f"makes a graph that does not reproduce the module ({what})")
+        except TraceError as error:
+            failures.append(str(error))
+            continue
+        notes += tuple(f"recorded from one run of the network, since symbolic tracing {why}" for why in failures)
+        return Traced(graph_module, module, args, kwargs, shapes, origin, notes + found)
+    raise TraceError(
+        f"{type(module).__name__} cannot be traced: symbolic tracing {failures[0]}; recording a run {failures[1]}.\n"
+        "The way out: put what stops it into a function of tensors marked with torch.fx.wrap, which makes it one "
+        "operation of the graph, or write it without that."
+    )
 
-    graph_module, found = symbolic(module, args, kwargs)
+
+def _run(
+    graph_module: fx.GraphModule, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], check: bool
+) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """What the graph returns, and the shapes of its nodes."""
     interpreter = _ShapeInterpreter(graph_module)
     try:
         with evaluating(module, graph_module):
@@ -56,14 +88,8 @@ def trace(module: nn.Module, example_inputs: Any = None, *, check: bool = True) 
     except Exception as error:
         if not check:  # without the eager run nothing says that the inputs themselves fit
             raise failed_on(module, args, kwargs, error) from error
-        raise TraceError(f"the graph of {type(module).__name__} fails where the module runs: {told(error)}") from error
-    if check and (difference := _difference(expected, output)):
-        raise TraceError(
-            f"the graph of {type(module).__name__} does not reproduce the module: {difference}. Its forward does "
-            "something that symbolic tracing does not see, such as changing a tensor in place through an alias, or "
-            "keeping state between calls; write that part without it."
-        )
-    return Traced(graph_module, module, args, kwargs, interpreter.shapes, "symbolic", notes + found)
+        raise TraceError(f"makes a graph that fails where the module runs ({told(error)})") from error
+    return output, interpreter.shapes
 
 
 class _ShapeInterpreter(fx.Interpreter):
@@ -81,43 +107,13 @@ class _ShapeInterpreter(fx.Interpreter):
         return result
 
 
-def _leaves(output: Any, path: str = "output") -> list[tuple[str, Any]]:
-    if is_dataclass(output) and not isinstance(output, type):
-        output = {f.name: getattr(output, f.name) for f in fields(output)}
-    if isinstance(output, Mapping):
-        parts = list(output.items())
-    elif isinstance(output, (tuple, list)):
-        parts = list(enumerate(output))
-    else:
-        return [(path, output)]
-    return [leaf for key, value in parts for leaf in _leaves(value, f"{path}[{key!r}]")]
-
-
-def _difference(expected: Any, actual: Any) -> str | None:
-    """Where two nested outputs differ by more than rounding, in words; None where they agree."""
-    wanted, found = _leaves(expected), _leaves(actual)
-    if [path for path, _ in wanted] != [path for path, _ in found]:
-        return f"it returns {few([p for p, _ in found])} instead of {few([p for p, _ in wanted])}"
-    for (path, a), (_, b) in zip(wanted, found, strict=True):
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-            if type(a) is not type(b) or a != b:
-                return f"{path} is {b!r} instead of {a!r}"
-        elif a.shape != b.shape or a.dtype != b.dtype:
-            return f"{path} is {described(b)} instead of {described(a)}"
-        elif not torch.equal(a, b):
-            inexact = a.is_floating_point() or a.is_complex()
-            finite = a[a.isfinite()].abs()
-            tolerance = 64 * torch.finfo(a.dtype).eps * float(finite.max()) if inexact and finite.numel() else 0.0
-            if not torch.allclose(a, b, rtol=0, atol=tolerance, equal_nan=True):
-                return f"{path} differs by up to {float((a - b).abs().nan_to_num().max()):.3g}"
-    return None
-
-
 def _require_usable(module: nn.Module) -> None:
     """Names the tensors that cannot be merged."""
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module, got {type(module).__name__}")
     name = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise InputError(f"{name} is compiled by torch.jit; give the module that it was made of")
     parameters = dict(module.named_parameters())
     tensors = parameters | dict(module.named_buffers())
     if lazy := [key for key, tensor in tensors.items() if is_lazy(tensor)]:

@@ -23,10 +23,10 @@ from torch.overrides import get_overridable_functions
 from fxmerge.errors import FormatError
 
 _BUILTINS = (abs, bool, complex, divmod, float, getattr, int, len, list, max, min, pow, round, slice, sum, tuple)
-ATTRIBUTES = frozenset(  # of tensors, of devices and dtype limits, of the named results of max, svd and the like
+ATTRIBUTES = frozenset(  # of tensors, devices, dtype limits and layers, of the named results of max, svd and the like
     "shape dtype device layout ndim T mT H mH real imag data itemsize nbytes requires_grad is_cpu is_cuda is_mps "
     "is_xpu is_meta is_leaf is_nested is_quantized is_sparse type index min max eps tiny values indices sign logabsdet "
-    "U S V Vh Q R L LU pivots P eigenvalues eigenvectors solution".split()
+    "U S V Vh Q R L LU pivots P eigenvalues eigenvectors solution training".split()
 )
 _UNSAFE = frozenset(  # memory, files and callbacks
     "from_file from_numpy frombuffer apply_ map_ map2_ set_ data_ptr const_data_ptr storage storage_type "

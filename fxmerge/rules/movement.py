@@ -119,10 +119,13 @@ def indexed(ctx: Any, call: Any) -> Any:
         place = [i.cpu() if isinstance(i, torch.Tensor) else i for i in given]
         new = {"indices": place} if "indices" in call.arguments else {"index": place[0]}
         return ctx.move(x, lambda t: call.run({"self": t, **new}), call.shapes[0])
-    if call.name == "index" and hasattr(x, "neurons") and len(given) == 1 and given[0] is not None:
-        rows = ctx.reduce(ctx.ordered(x, [0]), [0])
+    if call.name == "index_select" and hasattr(x, "neurons"):
+        return ctx.windows(x, [call["dim"]], [call.shapes[0][call["dim"]]])
+    if call.name == "index" and hasattr(x, "neurons") and all(i is not None for i in given):
+        chosen = range(len(given))
+        rows = ctx.reduce(ctx.ordered(x, chosen), chosen)
         lead = len(call.shapes[0]) - rows.ndim
-        if lead >= 0 and given[0].ndim == lead:
+        if lead >= 0 and max(i.ndim for i in given) == lead:
             shape = call.shapes[0]
             spots = type(x)(shape, fixed=ctx.positions(shape, range(lead)))
             return ctx.align(rows, spots, shape=shape)

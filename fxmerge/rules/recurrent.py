@@ -12,15 +12,16 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 @rule(*GATES)
 def recurrent(ctx: Any, call: Any) -> Any:
     """Layers of h' = cell(W_ih x + b_ih, W_hh h + b_hh), gates stacked along axis 0 of every weight."""
-    if "batch_sizes" in call.arguments:
-        return NotImplemented  # packed sequences
-    gates, x = GATES[call.name], ctx.lift(call["input"])
+    packed = "batch_sizes" in call.arguments
+    gates, x = GATES[call.name], ctx.lift(call["data" if packed else "input"])
     directions = 2 if call["bidirectional"] else 1
     weights, layers = [ctx.lift(w) for w in call["params"]], call["num_layers"]
     each = len(weights) // (layers * directions)
-    time = 1 if call["batch_first"] and x.ndim == 3 else 0
+    time = 1 if call.get("batch_first") and x.ndim == 3 else 0
     start = call["hx"]
     start = [ctx.lift(s) for s in (start if isinstance(start, (list, tuple)) else [start])]
+    if packed and any(s.neurons or s.fixed for s in start):
+        return NotImplemented  # which step of which sequence an entry belongs to only the data say
     hidden, cells = [], []
     for layer in range(layers):
         x = ctx.windows(x, [time], [x.shape[time]])
@@ -36,9 +37,30 @@ def recurrent(ctx: Any, call: Any) -> Any:
         x = ctx.join(outs, lambda tensors: torch.cat(tensors, -1), (*outs[0].shape[:-1], size))
     made = [x]
     for parts, shape in zip((hidden, cells), call.shapes[1:], strict=False):
-        stacked = [ctx.move(p, lambda t: t[None], (1, *p.shape)) for p in parts]
+        one = (1, *shape[1:])
+        stacked = [ctx.move(p, lambda t, one=one: t[None].expand(one), one) for p in parts]
+        if packed:  # one state per sequence
+            own = type(x)(one, fixed=ctx.positions(one, [1]))
+            stacked = [ctx.align(p, own, shape=one) for p in stacked]
         made.append(ctx.join(stacked, torch.cat, shape))
     return made
+
+
+@rule("_pack_padded_sequence")
+def packed(ctx: Any, call: Any) -> Any:
+    """Steps of all sequences below each other: of the two leading axes, the first is the new one."""
+    steps, sizes = call.shapes
+    x = ctx.windows(ctx.lift(call["input"]), [0, 1], [steps[0], 1])
+    data = ctx.move(x, lambda t: t[:, 0], steps)
+    return [data, type(x)(sizes, fixed=ctx.positions(sizes, [0]))]
+
+
+@rule("_pad_packed_sequence")
+def padded(ctx: Any, call: Any) -> Any:
+    """The steps back in two axes, with one number in the places left over."""
+    shape, lengths = call.shapes
+    x = ctx.windows(ctx.lift(call["data"]), [0], [shape[0] * shape[1]])
+    return [ctx.move(x, lambda t: t.reshape(shape), shape), type(x)(lengths, fixed=ctx.positions(lengths, [0]))]
 
 
 def _layer(ctx: Any, x: Any, weights: Any, gates: Any, biased: Any, start: Any, time: Any) -> Any:

@@ -1,0 +1,177 @@
+"""The second front end: recording, for what symbolic tracing refuses.
+
+    nn.Module, args, kwargs  --record-->  fx.GraphModule, notes for the report
+
+One run says what the network does (``recorder``). Numbers of Python are what they were in that run, so two more runs
+say which of them follow the batch size and which functions follow the mode; shapes that the graph has fixed are
+asserted in it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxmerge.batch import Input, follow, repeated
+from fxmerge.errors import TraceError, few, told
+from fxmerge.recorder import Recorder
+from fxmerge.running import bind, call, difference, evaluating, fresh, plain
+from fxmerge.symbolic import unread, user_line
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+Run = Callable[..., Recorder]
+
+
+def record(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The front end: the graph of ``module(*args, **kwargs)`` in eval mode, and notes for the report.
+
+    Raises:
+        TraceError: something made the result that is no torch function.
+    """
+    if any("_orig_mod" in m._modules for m in module.modules()):
+        raise TraceError("does not look into compiled modules: give the module that torch.compile was given")
+    first, run = _first(module, (args, kwargs))
+    notes = [*first.notes]
+    if first.flags:
+        _follow_mode(first, partial(run, (args, kwargs)))
+    graph_module, why = _follow_batch(first, run, module, (args, kwargs))
+    if why is not None:
+        notes.append(f"the batch size is fixed in the graph: {why}")
+    _assert_shapes(graph_module, first.inputs, fixed=why is not None)
+    if missing := unread(graph_module, module):
+        notes.append(f"not read in eval mode, so not in the graph: {few(missing)}")
+    return graph_module, tuple(notes)
+
+
+def _first(module: nn.Module, arguments: Arguments) -> tuple[Recorder, Run]:
+    """The recording, and how to make another.
+
+    Where parameters are not read, the network may have kept what it computed from them; being told to train, it
+    drops that.
+    """
+    found: list[tuple[Recorder, Run]] = []
+    missing: list[int] = []
+    for dropping in (False, True):
+        run = partial(_recorded, module, dropping=dropping)
+        try:
+            recorder = run(arguments)
+        except TraceError as error:
+            failure = error
+            continue
+        found.append((recorder, run))
+        missing.append(len(unread(recorder.built(module), module)))
+        if not missing[-1]:
+            break
+    if not found:
+        raise failure
+    return found[missing.index(min(missing))]
+
+
+def _recorded(module: nn.Module, arguments: Arguments, *, training: bool = False, dropping: bool = False) -> Recorder:
+    """One run; ``dropping`` what the network keeps of earlier ones."""
+    recorder = Recorder(module)
+    try:
+        with evaluating(module), _dropping(module) if dropping else nullcontext():
+            for m in module.modules():
+                m.training = training
+            recorder.run(*fresh(arguments))
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(f"stops{user_line(error)}: {told(error)}") from error
+    return recorder
+
+
+@contextmanager
+def _dropping(module: nn.Module) -> Iterator[None]:
+    """Tells ``module`` to train, which some networks take for folding parameters: these come back."""
+    values = [p.detach().clone() for p in module.parameters()]
+    try:
+        module.train()
+        yield
+    finally:
+        for p, value in zip(module.parameters(), values, strict=True):
+            p.copy_(value)
+
+
+def _follow_mode(recorder: Recorder, run: Run) -> None:
+    """Functions that are told whether the network trains (dropout, attention) ask a layer of the graph.
+
+    Which do, and which are told a constant, is seen in a run in training mode.
+    """
+    try:
+        trained = run(training=True).flags
+    except TraceError:  # batch statistics of one sample, for example
+        return
+    graph = recorder.graph
+    kept = set(graph.nodes)
+    layers = [str(node.target) for node in graph.find_nodes(op="call_module")]
+    for key, flag in recorder.flags.items():
+        node, told_then = flag.node, trained[key].value if key in trained else flag.value
+        if node not in kept or not layers or flag.value == told_then:
+            continue
+        inside = [path for path in layers if path.startswith(f"{key[0]}.")] or layers
+        with graph.inserting_before(node):
+            mode = graph.call_function(getattr, (graph.get_attr(inside[0]), "training"))
+            flag.replace(mode if told_then is True else graph.call_function(operator.mul, (mode, told_then)))
+
+
+def _follow_batch(
+    recorder: Recorder, run: Run, module: nn.Module, arguments: Arguments
+) -> tuple[fx.GraphModule, str | None]:
+    """The graph for any batch size where a run on twice the batch tells how; else the graph as it is, and why."""
+    fixed = recorder.built(module)
+    twice, thrice = repeated(arguments, 2), repeated(arguments, 3)
+    if twice is None:
+        return fixed, "the inputs have no batch axis in common"
+    try:
+        other = run(twice)
+    except TraceError as error:
+        return fixed, f"on twice the batch, recording {error}"
+    if recorder.flags:
+        _follow_mode(other, partial(run, twice))
+    if recorder.constants.keys() == other.constants.keys() and difference(recorder.constants, other.constants):
+        raise TraceError(
+            "meets a tensor that follows the inputs and that no torch function made (but NumPy, a scripted function, "
+            "another library)"
+        )
+    if (why := follow(recorder.graph, other.graph, recorder.inputs[0])) is not None:
+        return fixed, why
+    graph_module = recorder.built(module)
+    try:
+        with evaluating(module):
+            expected = plain(call(module, *fresh(thrice)))
+        with evaluating(graph_module):
+            output = graph_module(*bind(graph_module.graph, *fresh(thrice)))
+        why = difference(expected, output)
+    except Exception as error:
+        why = told(error)
+    return (graph_module, None) if why is None else (fixed, f"on three times the batch, {why}")
+
+
+def _assert_shapes(graph_module: fx.GraphModule, inputs: Sequence[Input], fixed: bool) -> None:
+    """Refuses inputs of other shapes than those recorded, from axis 1 on or, where that is fixed too, from axis 0."""
+    graph = graph_module.graph
+    nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    with graph.inserting_before(list(nodes.values())[-1].next):
+        for given in inputs:
+            node = nodes[given.node.name]
+            for key in given.path:
+                node = graph.call_function(operator.getitem, (node, key))
+            shape = graph.call_function(getattr, (node, "shape"))
+            wanted, said = given.shape, str(list(given.shape))
+            if not fixed:
+                shape = graph.call_function(operator.getitem, (shape, slice(1, None)))
+                wanted, said = wanted[1:], str(["any", *wanted[1:]]).replace("'", "")
+            same = graph.call_function(operator.eq, (shape, wanted))
+            message = f"{given.node.target} must be of shape {said}, as when the network was recorded"
+            graph.call_function(torch._assert, (same, message))
+    graph_module.recompile()

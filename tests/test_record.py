@@ -1,0 +1,521 @@
+"""Recording: what symbolic tracing refuses becomes a graph that follows the module wherever a run can tell."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import time
+from collections import namedtuple
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import fxmerge
+from fxmerge.batch import repeated
+from fxmerge.errors import TraceError
+from fxmerge.record import record
+from fxmerge.running import as_call, call, difference, evaluating, fresh, plain
+from fxmerge.trace import trace
+
+X = torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
+TABLE = torch.arange(6.0)
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+@dataclass
+class Outputs:
+    logits: Tensor
+    hidden: tuple[Tensor, ...] | None = None
+    cache: object = None
+
+
+class Cell(nn.Module):
+    """A module of modules that are traced through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.layer(x), 0.5, training=self.training)
+
+
+class Net(nn.Module):
+    """Layers of all kinds, and a forward given from outside."""
+
+    def __init__(self, body=None) -> None:
+        super().__init__()
+        self.layer, self.head, self.cell = nn.Linear(6, 6), nn.Linear(6, 6), Cell()
+        self.head.bias = self.layer.bias
+        self.lstm, self.attention = nn.LSTM(6, 6, batch_first=True), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.drop, self.inplace, self.norm = nn.Dropout(0.5), nn.ReLU(inplace=True), nn.BatchNorm1d(6)
+        self.words, self.depth = nn.Embedding(9, 6), torchvision.ops.StochasticDepth(0.5, "row")
+        self.scale = nn.Parameter(torch.rand(6))
+        self.table = torch.rand(6)  # no buffer
+        self.tables = {"one": torch.rand(6)}
+        self.count = 0
+        self.register_buffer("shift", torch.rand(6))
+        self.body = body
+
+    def forward(self, *args, **kwargs):
+        return self.body(self, *args, **kwargs)
+
+
+def branching(self, x):
+    return self.head(self.layer(x) if x.sum() > 0 else x)
+
+
+def written(self, x):
+    y = x
+    x += 1
+    y = self.layer(y)
+    y[:, 0] = y[:, 1].exp()
+    y[:, 2:4].mul_(2)
+    self.inplace(y)
+    torch.add(y, 1, out=y)
+    return self.head(y.clamp_(max=3.0))
+
+
+def made(self, x):
+    count, width = x.shape
+    rows = torch.arange(count, device=x.device).unsqueeze(1)
+    out = torch.zeros(count, width).scatter_(1, rows % width, 1.0) + torch.tensor([1.0] * 6) + x.new_ones(count, 1)
+    return self.layer(out + torch.from_numpy(np.arange(6.0)).float() + TABLE + x + np.float64(0.5))
+
+
+def attributes(self, x):
+    TABLE.add_(1).sub_(1)
+    return self.layer(x + self.table * self.tables["one"] + self.shift + TABLE)
+
+
+def views(self, x):
+    first, second = self.layer.weight.chunk(2)
+    x = x @ self.layer.weight.t() @ self.head.weight.T + self.scale.data
+    return torch.cat([F.linear(x, first), F.linear(x, second), x[..., :1]], -1)
+
+
+def batched(self, x):
+    x = x.view(len(x), 1, 6).expand(x.shape[0], 4, 6).reshape(x.shape[0] * 4, 6)
+    x = torch.cat([self.layer(x), x.new_zeros(1, 6)])[: x.shape[0] + 1]
+    return x[: len(x) - 1].view(len(x) // 4, 4, 6).sum(1) * torch.ones((len(x) - 1) // 4, 1)
+
+
+def unpacked(self, x):
+    a, b, c, *_ = self.layer(x).unbind(1)
+    pieces = [piece + 1 for piece in self.head(x).split([2, 4], dim=1)]
+    return torch.stack([*torch.stack([a, b, c])], 1), pieces, next(iter(self.layer.weight)) * x
+
+
+def tuples(self, x):
+    x = x.view(-1, 2, 3).repeat(1, 3, 2)
+    out, (hidden, _) = self.lstm(x)
+    values, places = out.max(dim=-1, keepdim=True)
+    return self.attention(out, out, x, need_weights=False)[0] + hidden[0].unsqueeze(1) + values * places
+
+
+def repeated_layers(self, x):
+    for _ in range(3):
+        x = self.drop(self.norm(self.layer(x))) + x
+    return nn.Softmax(dim=-1)(self.cell(self.cell(x)))
+
+
+def residual(self, x):
+    y = self.layer(x)
+    return y + self.drop(y) + nn.Identity()(y)
+
+
+def options(self, x, *more, mask=None, scale=1.0, pair=None, **rest):
+    x = self.layer(x) * scale
+    if mask is not None:
+        x = x.masked_fill(mask, 0.0)
+    for y in (*more, *(pair or {}).get("list", []), *rest.values()):
+        x = x + y
+    return self.head(x)
+
+
+def operators(self, x):
+    y = self.layer(x)
+    y = (2.0 - y) ** 2 + 2**y - 3 / (y.abs() + 1) + (y // 0.5) % 2 - +y + abs(-y)
+    y **= 2
+    y -= x
+    y *= ~(x > 0.5) & (x != 0) | (x == 1)
+    return x @ y.T, 1 - y.real, y >= x, x.mT @ y, y[None, ..., ::2, y.new_tensor([0, 2]).long()]
+
+
+def sequences(self, x, lengths):
+    packed = pack_padded_sequence(self.words(x), lengths, batch_first=True, enforce_sorted=False)
+    out, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
+    return self.head(out)
+
+
+def outputs(self, x):
+    y = self.layer(x)
+    return Outputs(y, (y * 2, Pair(x, None)), cache=object()), {"n": 3, "more": [y.sum(), "text"]}
+
+
+def rowwise(self, x):
+    return torch.stack([self.layer(row) for row in x])
+
+
+IDS = torch.tensor([[1, 2, 3], [4, 5, 0]])
+CASES = [
+    (branching, X),
+    (written, X),
+    (made, X),
+    (attributes, X),
+    (views, X),
+    (batched, X),
+    (unpacked, X),
+    (tuples, X),
+    (operators, X),
+    (repeated_layers, X),
+    (residual, X),
+    (options, X),
+    (options, {"x": X, "mask": X > 0.5, "scale": 2.0, "pair": {"list": [X, X]}, "other": X}),
+    (options, (X, X, X)),
+    (sequences, (IDS, torch.tensor([3, 2]))),
+    (outputs, X),
+    (rowwise, X),
+]
+
+
+def net(body, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net(body).eval()
+
+
+def snapshot(module: nn.Module) -> tuple[dict[str, Tensor], list[object]]:
+    tensors = {k: v.clone() for k, v in module.state_dict().items()}
+    tensors |= {"table": module.table.clone(), "TABLE": TABLE.clone()}
+    return tensors, [(m.training, sorted(vars(m))) for m in module.modules()]
+
+
+def assert_follows(graph_module: nn.Module, module: nn.Module, inputs, exact: bool = True) -> None:
+    args, kwargs = as_call(inputs)
+    with evaluating(module, graph_module):
+        expected = plain(call(module, *fresh((args, kwargs))))
+        for _ in range(2):  # a constant that one run writes into must not change the next
+            said = difference(expected, graph_module(*fresh(args), **fresh(kwargs)))
+            assert said is None, said
+
+
+@pytest.mark.parametrize(("body", "inputs"), CASES)
+@pytest.mark.parametrize("training", [False, True])
+def test_graph_reproduces_follows_the_batch_and_leaves_alone(body, inputs, training):
+    module = net(body).train(training)
+    before = snapshot(module)
+    graph_module, notes = record(module, *as_call(inputs))
+    tensors, rest = snapshot(module)
+    torch.testing.assert_close(tensors, before[0], rtol=0, atol=0)
+    assert rest == before[1]
+    assert graph_module.training is training
+    graph_module.graph.lint()
+    named = dict(module.named_parameters(remove_duplicate=False))
+    assert all(parameter is named[name] for name, parameter in graph_module.named_parameters())
+    assert graph_module.state_dict().keys() <= module.state_dict().keys()
+    assert_follows(graph_module, module, inputs)
+    fixed = [note for note in notes if "batch size is fixed" in note]
+    assert bool(fixed) is (body is rowwise)
+    five = repeated(inputs, 5)
+    if fixed:
+        with pytest.raises(AssertionError, match=r"must be of shape \[2, 6\]"):
+            graph_module(five)
+    else:
+        assert_follows(graph_module, module, five)
+        assert_follows(copy.deepcopy(graph_module), module, five)
+
+
+@pytest.mark.parametrize(
+    ("body", "read"),
+    [
+        (branching, True),
+        (lambda self, x: self.layer(x) * float(x.max()), True),
+        (lambda self, x: self.layer(x) * self.scale[0].item(), True),
+        (lambda self, x: self.layer(x)[:, : int(self.shift.sum())], False),
+        (lambda self, x: self.layer(x) * x.shape[1] if x.dtype == torch.float32 else x, False),
+        (rowwise, False),
+    ],
+)
+def test_values_that_python_reads_are_noted(body, read):
+    _, notes = record(net(body), (X,), {})
+    assert any("depends on values" in note for note in notes) is read
+
+
+def test_symbolic_tracing_comes_first_and_the_notes_say_why_it_did_not_do():
+    assert trace(net(lambda self, x: self.layer(x)), X).origin == "symbolic"
+    traced = trace(net(branching), X)
+    assert traced.origin == "recorded"
+    assert traced.shapes["head"] == (2, 6)
+    assert any("x.sum() > 0" in note and f"{__file__}:" in note for note in traced.notes)
+    assert trace(net(written), X).origin == "recorded"  # symbolically it computes something else
+    assert "does not reproduce" in " ".join(trace(net(written), X).notes)
+
+
+def test_numbers_that_are_sizes_of_the_batch_become_expressions():
+    graph_module, _ = record(net(batched), (X,), {})
+    sizes = [n for n in graph_module.graph.nodes if n.op == "call_method" and n.target == "size"]
+    assert len(sizes) == 1
+    assert graph_module(X[:1]).shape == (1, 6)
+
+
+def test_inputs_of_other_shapes_are_refused():
+    graph_module, _ = record(net(branching), (X,), {})
+    with pytest.raises(AssertionError, match=r"0 must be of shape \[any, 6\], as when the network was recorded"):
+        graph_module(X[:, :5])
+
+
+def test_devices_of_the_input_are_followed():
+    graph_module, _ = record(net(made), (X,), {})
+    [arange] = [n for n in graph_module.graph.nodes if n.target is torch.arange]
+    assert isinstance(arange.kwargs["device"], torch.fx.Node)
+
+
+def attend(x: Tensor, dropout_p: float) -> Tensor:
+    x = x.view(-1, 2, 3)
+    return F.scaled_dot_product_attention(x, x, x, dropout_p=dropout_p)
+
+
+# Training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "random"),
+    [
+        (lambda self, x: self.cell(x), True),
+        (lambda self, x: F.dropout(self.layer(x), 0.5, self.training), True),
+        (lambda self, x: F.dropout(self.layer(x), 0.5, training=False), False),
+        (lambda self, x: attend(self.layer(x), dropout_p=0.5 if self.training else 0.0), True),
+        (lambda self, x: self.layer(x) + self.drop(x), True),
+        (lambda self, x: x + self.depth(self.layer(x)), True),
+    ],
+)
+def test_dropout_follows_the_mode(body, random):
+    module = net(body)
+    graph_module, _ = record(module, (X,), {})
+    x = torch.rand(40, 6)
+    for training in (True, False, True):
+        graph_module.train(training)
+        first, second = graph_module(x), graph_module(x)
+        assert torch.equal(first, second) is not (random and training)
+
+
+def test_functional_batch_norm_follows_the_mode():
+    class Norm(nn.BatchNorm1d):
+        def forward(self, x):
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum
+            )
+
+    module = nn.Sequential(nn.Linear(6, 6), Norm(6)).eval()
+    graph_module, _ = record(module, (X,), {})
+    module.train(), graph_module.train()
+    torch.testing.assert_close(graph_module(X), module(X))
+    assert graph_module(X).mean(0).abs().max() < 1e-4
+
+
+def test_dropout_is_told_from_what_it_is_given():
+    graph_module, _ = record(net(residual), (X,), {})
+    [node] = [n for n in graph_module.graph.nodes if n.target == "drop"]
+    assert len(node.users) == 1
+
+
+def test_what_was_kept_for_eval_mode_is_computed_again():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.bias, self.kept = nn.Linear(6, 6), nn.Parameter(torch.rand(3)), {}
+
+        def train(self, mode=True):
+            if mode:
+                self.kept = {}
+            return super().train(mode)
+
+        def forward(self, x):
+            if not self.training and "bias" not in self.kept:
+                self.kept["bias"] = self.bias.repeat(2)
+            return self.layer(x) + (self.bias.repeat(2) if self.training else self.kept["bias"])
+
+    for grad in (False, True):
+        module = Keeping().eval()
+        with torch.set_grad_enabled(grad):
+            module(X)
+        kept = module.kept["bias"]
+        graph_module, notes = record(module, (X,), {})
+        assert module.kept["bias"] is kept
+        assert "bias" in dict(graph_module.named_parameters())
+        assert notes == ()
+
+
+# Errors -----------------------------------------------------------------------------------------------------------
+
+
+def assigns(self, x):
+    y = self.layer(x)
+    y.data = torch.zeros(2, 6) if y.sum() > -1e9 else y
+    return y
+
+
+def stateful(self, x):
+    Net.count = getattr(Net, "count", 0) + 1
+    return self.layer(x) * Net.count if x.sum() > 0 else x
+
+
+def untold(self, x):
+    with torch._C.DisableTorchFunction():  # as in a function of another library
+        y = x * 2
+    return self.layer(y if x.sum() > 0 else x)
+
+
+def foreign(self, x):
+    return self.layer(x) if x.sum() > 1e9 else fails(x)
+
+
+def fails(x):
+    if not torch.overrides._get_current_function_mode_stack():
+        return x
+    raise KeyError("nothing here")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (assigns, "meets an assignment to .data"),
+        (stateful, "does not reproduce the module .output differs"),
+        (untold, "follows the inputs and that no torch function made"),
+        (foreign, r"stops at .*test_record.py:\d+, in fails .raise KeyError"),
+    ],
+)
+def test_where_both_ways_fail_the_error_says_why_for_each(body, message):
+    module = net(body)
+    with pytest.raises(TraceError, match=message) as caught:
+        trace(module, X)
+    said = str(caught.value)
+    assert "Net cannot be traced: symbolic tracing stops at" in said
+    assert "recording a run" in said
+    assert "torch.fx.wrap" in said
+
+
+def test_compiled_modules_are_told():
+    module = torch.compile(nn.Sequential(nn.Linear(6, 6)), backend="eager")
+    with pytest.raises(TraceError, match=r"give the module that torch\.compile was given"):
+        record(module, (X,), {})
+
+
+# Merging ----------------------------------------------------------------------------------------------------------
+
+
+def merged_body(self, x):
+    if x.sum() < -1e9:
+        return x
+    x = torch.relu(self.layer(x) + self.table[:1] * 0 + TABLE[:1])
+    x = self.cell(x.view(x.shape[0], 6))
+    x = self.norm(x)
+    return F.linear(x, self.head.weight)[:, :4] * self.scale[:4]
+
+
+def attending(self, x):
+    if x.sum() < -1e9:
+        return x
+    x = self.layer(x.view(-1, 1, 6) * torch.tensor([1.0, -1.0]).view(2, 1))
+    out, (hidden, _) = self.lstm(x)
+    out = self.attention(self.head(out), self.head(out), self.head(out))[0]
+    return self.words.weight[:3] @ (out.mean(1) * hidden[-1]).unsqueeze(-1)
+
+
+@pytest.mark.parametrize("body", [merged_body, attending])
+def test_a_permuted_twin_merges_into_the_parent(body, tmp_path):
+    module = net(body)
+    classes = fxmerge.infer_classes(module, X)
+    assert classes.traced.origin == "recorded"
+    assert sum(c.size for c in classes if c.free) >= 12
+    checked = fxmerge.verify(module, classes)
+    assert checked.moved > 0
+    assert checked.error <= 1e-9
+    twin = fxmerge.permute(module, classes, seed=1)
+    result = fxmerge.merge(module, twin, example_inputs=X, progress=False)
+    assert list(result.module.state_dict()) == list(module.state_dict())
+    torch.testing.assert_close(result.module.state_dict(), module.state_dict())
+    assert any("recorded from one run" in note for note in result.report.notes)
+    for graph_module in (copy.deepcopy(result.module), pickle.loads(pickle.dumps(result.module))):
+        assert_follows(graph_module, module, torch.cat([X, X, X]))
+    result.save(tmp_path / "out")
+    assert_follows(fxmerge.load(tmp_path / "out"), module, torch.cat([X, X, X]))
+
+
+def test_statistics_come_from_batches_of_any_size():
+    module = net(merged_body)
+    twin = fxmerge.permute(module, fxmerge.infer_classes(module, X), seed=1)
+    data = [3 * torch.randn(size, 6) for size in (80, 80, 3)]
+    result = fxmerge.merge(module, twin, example_inputs=X, data=data, repair=None, progress=False)
+    torch.testing.assert_close(result.module.state_dict(), module.state_dict())
+    with pytest.raises(fxmerge.InputError, match=r"batch 1 of the data .* must be of shape \[any, 6\]"):
+        fxmerge.merge(module, twin, example_inputs=X, data=[X, torch.rand(2, 5)], progress=False)
+
+
+def test_packed_sequences_leave_hidden_units_free():
+    module = net(sequences)
+    classes = fxmerge.infer_classes(module, (IDS, torch.tensor([3, 2])))
+    free = [c for c in classes if c.free]
+    assert sorted(str(site) for site in free[0].sites) == ["lstm.weight_ih_l0:1", "words.weight:1"]
+    assert "lstm.weight_hh_l0:1" in map(str, free[1].sites)
+    assert fxmerge.verify(module, classes).ok
+
+
+def test_entries_chosen_by_the_data_keep_their_neurons_free():
+    def body(self, x):
+        y = self.cell(x.view(-1, 2, 3).repeat(1, 1, 2))
+        return self.head(y[torch.arange(len(x)), x.argmax(-1) % 2])
+
+    classes = fxmerge.infer_classes(net(body), X)
+    assert any(c.free and "cell.layer.weight:0" in map(str, c.sites) for c in classes)
+    assert fxmerge.verify(net(body), classes).ok
+
+
+def test_one_neuron_all_over_is_said_once():
+    def body(self, x):
+        x = x + self.words.weight[0].mean() + self.words(torch.zeros(1, dtype=torch.long))
+        for _ in range(12):
+            x = self.layer(F.layer_norm(x, (6,))) + x
+        return self.head(x) if x.sum() > -1e9 else x
+
+    started = time.perf_counter()
+    fxmerge.infer_classes(net(body), X)
+    assert time.perf_counter() - started < 30  # doubled with every layer, it would be minutes
+
+
+def test_networks_that_cast_are_verified_in_float64():
+    def body(self, x):
+        x = self.layer(x).to(torch.float32)
+        x = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6) * torch.tensor([2.0]).type(torch.float32)
+        return self.head(x) if x.sum() > -1e9 else x
+
+    classes = fxmerge.infer_classes(net(body), X)
+    assert fxmerge.verify(net(body), classes).error < 1e-13
+
+
+@torch.fx.wrap
+def single(x: Tensor) -> Tensor:
+    if x.dtype == torch.float64:
+        raise RuntimeError("no kernel for Double")
+    return x
+
+
+def test_networks_without_kernels_for_float64_are_told():
+    module = net(lambda self, x: self.head(single(self.layer(x))))
+    classes = fxmerge.infer_classes(module, X)
+    with pytest.raises(fxmerge.FxMergeError, match=r"does not run in float64.*no kernel.*verify=False"):
+        fxmerge.verify(module, classes)
+
+
+def test_constants_of_either_front_end_reach_the_fused_network():
+    for body in (lambda self, x: self.layer(x + torch.ones(6)), attributes):
+        module = net(body)
+        result = fxmerge.merge(module, net(body), example_inputs=X, progress=False)
+        assert list(result.module.state_dict()) == list(module.state_dict())
+        assert_follows(fxmerge.merge(module, module, example_inputs=X, progress=False).module, module, X)
