@@ -2,6 +2,7 @@
 
 from fxmerge.barrier import Barrier, evaluate_barrier
 from fxmerge.classes import infer_classes
+from fxmerge.depth import deepen
 from fxmerge.ensemble import Ensemble
 from fxmerge.errors import (
     FormatError,
@@ -17,6 +18,7 @@ from fxmerge.export import load, save
 from fxmerge.pipeline import MergeResult, align, merge
 from fxmerge.rules import rule
 from fxmerge.symmetry import permute, verify
+from fxmerge.units import find_stages
 
 __all__ = [
     "Barrier",
@@ -31,7 +33,9 @@ __all__ = [
     "UnknownOpError",
     "VerifyError",
     "align",
+    "deepen",
     "evaluate_barrier",
+    "find_stages",
     "infer_classes",
     "load",
     "merge",

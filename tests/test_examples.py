@@ -17,6 +17,8 @@ ROWS = {
     "many": ("parents", "average", "OTFusion, barycentre", "ensemble"),
     "compress": ("80%", "50%"),
     "budget": ("1.0", "2.0", "parents", "ensemble"),
+    "depth": ("deeper", "ensemble", "grown", "shrunk, least squares"),
+    "teacher_student": ("teacher", "student", "fused", "fused, distilled"),
     "heads": ("parents side by side", "average", "OTFusion", "PLeaS, 1.5x"),
 }
 
