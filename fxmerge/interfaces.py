@@ -102,12 +102,12 @@ class AbstractDepthAligner(ABC):
     Attributes:
         needs_data: whether it cannot do without.
         balance: whether to "grow" the shallower or to "shrink" the deeper network.
-        keep: whether a layer that is the identity in some parents stays so.
+        keep: whether a layer that is the identity in some parents stays so; None: where it is no larger kernel.
     """
 
     needs_data: bool = False
     balance: str = "grow"
-    keep: bool = True
+    keep: bool | None = None
 
     @abstractmethod
     def costs(

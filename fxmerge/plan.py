@@ -212,10 +212,11 @@ def make_plan(
     )
 
 
-def _shared(shares: tuple[float, ...], k: int, grown: Sequence[Grown], keep: bool) -> tuple[float, ...]:
+def _shared(shares: tuple[float, ...], k: int, grown: Sequence[Grown], keep: bool | None) -> tuple[float, ...]:
     """Shares of class k: nothing for parents that lack it and, to ``keep`` copies, for those that do more than copy."""
     who = [j for j, g in enumerate(grown) if k not in g.absent]
-    who = [j for j in who if keep and k in grown[j].passing] or who
+    copies = [j for j in who if k in grown[j].passing and (not grown[j].passing[k] if keep is None else keep)]
+    who = copies or who
     if len(who) in (0, len(shares)):
         return shares
     total = sum(shares[j] for j in who)

@@ -90,7 +90,7 @@ def balanced(
     links: list[Link] = []
     for k, parent in enumerate(parents):
         if parent is template:
-            grown.append(Grown(parent, (), frozenset(), frozenset(), frozenset(), 0.0))
+            grown.append(Grown(parent, (), frozenset(), frozenset(), {}, 0.0))
             continue
         nth = f"{_ordinal(k)}"
         pairs = corresponding([find_stages(template), stages[k]])

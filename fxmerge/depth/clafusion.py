@@ -37,8 +37,9 @@ class CLAFusion(AbstractDepthAligner):
             is data, else "weights".
         unbiased: estimate CKA from few samples without bias (Song et al., JMLR 2012, eq. 5).
         balance: "grow" the shallower network or "shrink" the deeper one.
-        keep: a layer that was inserted into a plain chain stays the identity in the fused network, rather than the mean
-            of the identity and the deeper network's layer.
+        keep: whether a layer that was inserted into a plain chain stays the identity in the fused network, rather than
+            the mean of the identity and the deeper network's layer. None: where that layer looks at one position
+            alone, since later layers may count on the view of a kernel.
         ends: "pinned", first unit on first and last on last (a single unit goes where it fits best), or "free".
     """
 
@@ -48,7 +49,7 @@ class CLAFusion(AbstractDepthAligner):
         *,
         cost: str | None = None,
         unbiased: bool = False,
-        keep: bool = True,
+        keep: bool | None = None,
         ends: str = "pinned",
     ) -> None:
         one_of(

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from fxmerge.alike import counterparts, tensors
 from fxmerge.classes import infer_classes
 from fxmerge.depth.identity import make_identity, undone
-from fxmerge.depth.tensors import run_shapes
+from fxmerge.depth.tensors import parameters_of, run_shapes
 from fxmerge.errors import StructureError
 from fxmerge.interfaces import Sample
 from fxmerge.ir import AxisClasses, Site, Traced
@@ -40,7 +40,8 @@ class Grown:
         inserted: units that are identities in it.
         idle: tensors of these that have no influence on its function.
         absent: classes all of whose neurons are idle.
-        passing: classes whose neurons only pass on what they read.
+        passing: classes whose neurons only pass on what they read -> whether the template's layer there looks at more
+            than one position (a kernel).
         error: largest change of the output in float64, relative to the largest output.
     """
 
@@ -48,7 +49,7 @@ class Grown:
     inserted: tuple[Unit, ...]
     idle: frozenset[str]
     absent: frozenset[int]
-    passing: frozenset[int]
+    passing: Mapping[int, bool]
     error: float
 
 
@@ -118,7 +119,7 @@ def _dropped(args: Any, gone: fx.Node) -> Any:
 
 def _widths(
     template: AxisClasses, parent: AxisClasses, missing: Sequence[Unit], names: Mapping[str, str], nth: str
-) -> tuple[dict[int, int], dict[tuple[int, Site], Tensor], frozenset[int], frozenset[int]]:
+) -> tuple[dict[int, int], dict[tuple[int, Site], Tensor], frozenset[int], dict[int, bool]]:
     """Of the template's classes: sizes in the parent; places in its tensors; which it has not; which copy others."""
     inside = {n for u in missing for n in u.nodes}
     dense = {n for u in missing if not u.source for n in u.nodes}
@@ -156,9 +157,14 @@ def _widths(
             mine_here, read = (shown.get((n, axis), []) for n in (unit.output, unit.source))
             if len(mine_here) == 1 and read:
                 sizes.setdefault(mine_here[0][0], sum(sizes.get(k, template[k].size) * m for k, m in read))
-    passed = {u.output for u in missing if u.kind == "plain"}
-    passing = {k for k in new if any(t.node in passed for t in template[k].taps)}
-    return sizes, origins, frozenset(k for k in new if k not in sizes), frozenset(passing)
+    passed = {u.output: _looks_around(template.traced, u) for u in missing if u.kind == "plain"}
+    passing = {k: passed[t.node] for k in new for t in template[k].taps if t.node in passed}
+    return sizes, origins, frozenset(k for k in new if k not in sizes), passing
+
+
+def _looks_around(traced: Traced, unit: Unit) -> bool:
+    state = full_state(traced.graph_module)
+    return any(state[n].dim() > 2 and state[n][0, 0].numel() > 1 for n in parameters_of(traced, unit))
 
 
 def _state(
