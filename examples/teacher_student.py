@@ -84,12 +84,10 @@ def main() -> None:
                 name = f"{start}, {lesson}"
                 curves[name].append(learn(deepcopy(module), whose, few, images, held_out, lessons, name))
 
-    rows = [(n, cell([a for a, _ in v]), "", f"{v[0][1]:,}") for n, v in parents.items()]
-    rows += [
-        (n, cell([c[1] for c in found]), cell([c[-1] for c in found]), f"{parents['student'][0][1]:,}")
-        for n, found in curves.items()
-    ]
-    print(table(("", "accuracy, at first or after 1 epoch", f"after {lessons} epochs", "parameters"), rows))
+    rows = [(name, cell([a for a, _ in found]), "") for name, found in parents.items()]
+    rows += [(n, cell([c[0] for c in found]), cell([c[-1] for c in found])) for n, found in curves.items()]
+    print(table((f"{LABELS} labels", "at first", f"after {lessons} epochs"), rows))
+    print("parameters: " + ", ".join(f"{name} {found[0][1]:,}" for name, found in parents.items()))
 
     fig, (axes,) = figure()
     for name, found in curves.items():

@@ -96,14 +96,18 @@ def from_weights(
     k: int,
     settled: Mapping[int, Coupling],
     silent: frozenset[str] = frozenset(),
+    who: Sequence[int] | None = None,
 ) -> Affinity | None:
     """Of the weights that write and read class ``k``, their other axes in the fused network's coordinates.
 
     ``touched`` is every parent's ``by_tensor()``.
 
+    ``who``: the parents to compare (default: all).
+
     Only tensors whose other axes are ``settled`` are compared, and none that is ``silent``; None where there is none.
     """
     maps = Maps(settled)
+    chosen = list(range(len(parents))) if who is None else list(who)
     trained = {n for n, _ in parents[0].traced.source.named_parameters(remove_duplicate=False)}
     found: Tensor | None = None
     for name in sorted({s.parameter for s in parents[0][k].sites}):
@@ -121,8 +125,8 @@ def from_weights(
         if any(s.groups > 1 and states[0][name].shape[1] > 1 for s, _ in others):  # which input is which is not known
             continue
         features = []
-        for p, state in enumerate(states):
-            value = state[name].double()
+        for p in chosen:
+            value = states[p][name].double()
             for site in sorted({s for s, _, _ in entries[p] if s.axis != mine[0].axis and s.groups == 1}):
                 here = [(c, i) for s, c, i in entries[p] if s == site]
                 parts = [maps(c, p, False)(_places(value, site.axis, i), site.axis) for c, i in here]
@@ -135,7 +139,7 @@ def from_weights(
     if found is None:
         return None
     size = found.diagonal()
-    widths = tuple(p[k].size for p in parents)
+    widths = tuple(parents[p][k].size for p in chosen)
     return Affinity(found, found, correlation(found, size, size), widths, 0)
 
 

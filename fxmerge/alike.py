@@ -36,7 +36,7 @@ def described(traced: Traced, node: fx.Node, number: Mapping[fx.Node, str], wide
     if node.op in ("placeholder", "get_attr"):
         return node.op
     name = getattr(node.target, "__name__", str(node.target))
-    if "dropout" in name:
+    if re.search("dropout|drop_path|stochastic_depth", name):  # in training only
         return f"{name} of {named(node.args[:1])}"
     options = {k: v for k, v in node.kwargs.items() if k != "inplace"}
     said = f"{node.op} {name} of {named(node.args)} {named(options)}"
@@ -85,11 +85,12 @@ def counterparts(
 
 
 def _walk(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes in an order that does not depend on where constants and parameters are fetched."""
+    """What the output is made of, in an order that does not depend on where constants and parameters are fetched."""
     nodes: list[fx.Node] = []
     seen: set[fx.Node] = set()
+    relevant = contributing(graph)
     for n in graph.nodes:
-        if n.op == "get_attr":
+        if n.op == "get_attr" or n not in relevant:
             continue
         for m in n.all_input_nodes:
             if m.op == "get_attr" and m not in seen:
@@ -99,7 +100,18 @@ def _walk(graph: fx.Graph) -> list[fx.Node]:
     return nodes
 
 
-def tensors(pairs: Mapping[fx.Node, fx.Node], first: Traced) -> dict[str, str]:
+def contributing(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that the output depends on, writes in place included; not assertions, nor what nobody reads."""
+    found: set[fx.Node] = set()
+    for n in reversed(graph.nodes):
+        name = getattr(n.target, "__name__", str(n.target))
+        writes = name == "setitem" or (name.endswith("_") and not name.startswith("_"))
+        if n in found or n.op in ("output", "placeholder") or (writes and n.op != "get_attr"):
+            found |= {n, *n.all_input_nodes}
+    return found
+
+
+def tensors(pairs: Mapping[fx.Node, fx.Node], first: Traced, other: Traced) -> dict[str, str]:
     """Parameter or buffer of the first network -> its counterpart's name."""
     found: dict[str, str] = {}
     for a, b in pairs.items():
@@ -107,6 +119,12 @@ def tensors(pairs: Mapping[fx.Node, fx.Node], first: Traced) -> dict[str, str]:
             found[str(a.target)] = str(b.target)
         elif a.op == "call_module":
             layer = first.graph_module.get_submodule(str(a.target))
+            twin = other.graph_module.get_submodule(str(b.target))
+            if layer.state_dict().keys() != twin.state_dict().keys():
+                raise StructureError(
+                    f"the parents differ in what '{a.target}' holds ({type(layer).__name__}): layers inside a module "
+                    "that is taken whole cannot be counted. Write it with layers of torch.nn one after the other"
+                )
             for reader in (layer.named_parameters, layer.named_buffers):
                 keys: Callable[..., Any] = reader
                 for key, _ in keys(remove_duplicate=False):

@@ -51,11 +51,13 @@ def class_by_class(
     first = problem.classes[0]
     touched = [p.by_tensor() for p in problem.classes]
     shown = problem.statistics.moments if problem.statistics is not None and by != "weights" else {}
-    lonely = {k for k in range(len(first)) if len(problem.present(k)) < len(problem.classes)}
+    groups = families(first)
+    present = {k: problem.present(family) for family in groups for k in family}
+    lonely = {k for k, who in present.items() if len(who) < len(problem.classes)}
     heard = {k: from_moments(m) for k, m in shown.items()}
+    heard = {k: a.of(present[k]) if k in lonely else a for k, a in heard.items()}
     seen: dict[int, Affinity] = dict(heard)
     settled = {k: _kept(problem, k) for k, c in enumerate(first) if not c.free}
-    groups = families(first)
     hidden = {k for family in groups for k in family if first[k].sites and (k not in shown or by == "both")}
     rounds = sweeps if hidden else 1
     with tqdm(total=rounds * len(groups), desc=method, disable=not problem.progress, leave=False) as bar:
@@ -65,10 +67,11 @@ def class_by_class(
                 stuck = []
                 for family in waiting:
                     for k in hidden & set(family):
-                        found = from_weights(problem.classes, touched, problem.states, k, settled, problem.silent)
+                        silent = problem.silent(present[k])
+                        found = from_weights(problem.classes, touched, problem.states, k, settled, silent, present[k])
                         if found is not None:
                             seen[k] = heard[k].joined(found) if k in heard else found
-                    if any(k in seen for k in family) or lonely & set(family):
+                    if len(present[family[0]]) == 1 or any(k in seen for k in family):
                         settled |= _of_present(problem, family, seen, solve, {**problem.widths, **(widths or {})})
                         bar.update()
                     else:
@@ -76,33 +79,35 @@ def class_by_class(
                 if len(stuck) == len(waiting):
                     break
                 waiting = stuck
-    settled |= {k: _kept(problem, k) for k in range(len(first)) if k not in settled}  # nothing says anything of these
-    quality = {k: _quality(seen[k], settled[k]) for k in seen if k in settled}
+    for family in groups:  # nothing says anything of these
+        if not settled.keys() & set(family):
+            settled |= _of_present(problem, family, {}, solve, {})
+    settled |= {k: _kept(problem, k) for k in range(len(first)) if k not in settled}
+    shared = {k: a for k, a in seen.items() if k not in lonely}
+    quality = {k: _quality(a, settled[k]) for k, a in shared.items() if k in settled}
     names = ", ".join(first[k].name for k in sorted((hidden & set(seen)) - set(heard)))
     notes = (f"matched on weights, since no activation shows them: {names}",) if names and shown else ()
     couplings = tuple(settled[k] for k in range(len(first)))
-    shared = {k: a for k, a in seen.items() if k not in lonely}
-    return Alignment(couplings, method, {k: q for k, q in quality.items() if k in shared}, notes), shared
+    return Alignment(couplings, method, quality, notes), shared
 
 
 def _of_present(
     problem: Problem, family: Sequence[int], seen: Mapping[int, Affinity], solve: Solve, widths: Mapping[int, int]
 ) -> dict[int, Coupling]:
     """Couples a family among those parents that have neurons of it."""
-    present = problem.present(family[0])
+    present = problem.present(family)
     count = len(problem.classes)
     if len(present) == count:
-        return _family(problem, family, seen, solve, widths)
+        return _family(problem, family, seen, solve, widths) if seen else {k: _kept(problem, k) for k in family}
     shares = []
     for given in problem.shares:
         total = sum(given[p] for p in present)
         shares.append(tuple(given[p] / total if total else 1 / len(present) for p in present))
     part = replace(problem, classes=tuple(problem.classes[p] for p in present), shares=tuple(shares))
-    if len(present) == 1 or not any(k in seen for k in family):
-        sizes = {k: [p[k].size for p in part.classes] for k in family}
-        found = {k: permuted([torch.arange(n[0])] * len(n), part.shares[k]) for k, n in sizes.items()}
+    if len(present) == 1 or not seen:
+        found = {k: _kept(part, k) for k in family}
     else:
-        found = _family(part, family, {k: seen[k].of(present) for k in family if k in seen}, solve, {})
+        found = _family(part, family, seen, solve, {})
     return {k: among(c, present, count, [p[k].size for p in problem.classes]) for k, c in found.items()}
 
 

@@ -62,14 +62,18 @@ def _colours(size: int, kinds: Ints, child: Ints, block: Ints) -> Ints:
     return colour
 
 
+_DEEPEST = 4  # how often blocks of different natures may ask for new ones
+
+
 def _close(found: Interpretation) -> AxisClasses:
-    atoms, size = found.atoms, found.atoms.size
-    everything = np.arange(size)
-    origin = atoms.origin(everything)
-    base = mix(origin + 1)
+    atoms = found.atoms
     reasons: dict[int, str] = {}
     first_colour: Ints | None = None
+    enlarged = 0
     while True:
+        size = atoms.size  # relations may call for new ones
+        everything = np.arange(size)
+        base = mix(atoms.origin(everything) + 1)
         tagged = np.concatenate([t for t, _, _ in atoms.tags]) if atoms.tags else np.zeros(0, np.int64)
         marks = mix(np.concatenate([m for _, m, _ in atoms.tags])) if atoms.tags else tagged
         root = atoms.find(everything)
@@ -80,8 +84,13 @@ def _close(found: Interpretation) -> AxisClasses:
         colour = _colours(size, kinds, child, block)
         if first_colour is None:
             first_colour = colour[root]
-        if not _absorb(atoms, colour, child, block, root) and not _nest(found, colour, child, block):
+        if not _absorb(atoms, colour, child, block, root) and (
+            enlarged > _DEEPEST or not _nest(found, colour, child, block)
+        ):
             break
+        enlarged += atoms.size > size
+        if atoms.size > size and enlarged > _DEEPEST:
+            atoms.pin(np.concatenate([child, block]), "blocks in blocks without an end")
     assert first_colour is not None
     for who, _, reason in atoms.tags:
         if reason is not None:

@@ -21,6 +21,14 @@ class StructureError(FxMergeError):
     """The parents differ in a way that no coupling of neurons can bridge."""
 
 
+class NoIdentityError(StructureError):
+    """A unit that a shallower network lacks cannot pass on what it reads; ``output`` is its last node."""
+
+    def __init__(self, message: str, output: str) -> None:
+        super().__init__(message)
+        self.output = output
+
+
 class UnknownOpError(FxMergeError):
     """An operation without a rule was met under ``strict=True``."""
 

@@ -47,14 +47,14 @@ class Problem:
     absent: tuple[frozenset[int], ...] = ()
     widths: Mapping[int, int] = field(default_factory=dict)
 
-    @property
-    def silent(self) -> frozenset[str]:
-        """Tensors that are idle in some parent."""
-        return frozenset().union(*self.idle)
+    def silent(self, parents: Sequence[int]) -> frozenset[str]:
+        """Tensors that are idle in one of the parents."""
+        return frozenset().union(*(self.idle[p] for p in parents if self.idle))
 
-    def present(self, k: int) -> list[int]:
-        """The parents that have neurons of class k."""
-        return [p for p in range(len(self.classes)) if not (self.absent and k in self.absent[p])]
+    def present(self, family: Sequence[int]) -> list[int]:
+        """The parents that have neurons of all of these classes; all of them where none has."""
+        everyone = range(len(self.classes))
+        return [p for p in everyone if not (self.absent and self.absent[p] & set(family))] or list(everyone)
 
 
 PLACES = ("read", "made")

@@ -215,6 +215,7 @@ def make_plan(
 def _shared(shares: tuple[float, ...], k: int, grown: Sequence[Grown], keep: bool | None) -> tuple[float, ...]:
     """Shares of class k: nothing for parents that lack it and, to ``keep`` copies, for those that do more than copy."""
     who = [j for j, g in enumerate(grown) if k not in g.absent]
+    who = [j for j in who if shares[j] > 0] or who
     copies = [j for j in who if k in grown[j].passing and (not grown[j].passing[k] if keep is None else keep)]
     who = copies or who
     if len(who) in (0, len(shares)):

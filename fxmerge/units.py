@@ -71,8 +71,18 @@ class Stage:
 
 
 def find_stages(classes: AxisClasses) -> tuple[Stage, ...]:
-    """The stages of a network, in order."""
-    return _Finder(classes).stages()
+    """The stages of a network, in order, with patterns that repeat (attention and MLP) as one unit."""
+    stages = segmented(classes)
+    return tuple(grouped(s, pattern(s)) or s for s in stages)
+
+
+def segmented(classes: AxisClasses, whole: bool = True) -> tuple[Stage, ...]:
+    """The stages of a network, every segment a unit of its own.
+
+    ``whole``: where a stage has one residual unit alone, whether the activations that follow it are a part of it. That
+    cannot be told from one; another network may show it.
+    """
+    return _Finder(classes, whole).stages()
 
 
 def corresponding(networks: Sequence[Sequence[Stage]]) -> list[tuple[Stage, ...]] | None:
@@ -155,7 +165,8 @@ class _Draft:
 
 
 class _Finder:
-    def __init__(self, classes: AxisClasses) -> None:
+    def __init__(self, classes: AxisClasses, whole: bool) -> None:
+        self.whole = whole
         self.traced: Traced = classes.traced
         self.shapes = self.traced.shapes
         self.nodes = list(self.traced.graph_module.graph.nodes)
@@ -222,10 +233,8 @@ class _Finder:
             return []
         core, rest = self._signature(last.core), self._signature(last.rest)
         others = [d for d in drafts[:-1] if self._signature(d.core) == core]
-        keep = max(
-            (_shared(rest, self._signature(d.rest)) for d in others),
-            default=next((i for i, n in enumerate(last.rest) if self._parameters(n)), len(last.rest)),
-        )
+        activations = next((i for i, n in enumerate(last.rest) if self._parameters(n)), len(last.rest))
+        keep = max((_shared(rest, self._signature(d.rest)) for d in others), default=activations if self.whole else 0)
         taken, last.rest = last.rest[keep:], last.rest[:keep]
         return taken
 
@@ -271,12 +280,18 @@ class _Finder:
             return [p.dim() for p in self.traced.graph_module.get_submodule(str(n.target)).parameters()]
         return [len(self.shapes.get(m.name, ())) for m in n.all_input_nodes if m.op == "get_attr"]
 
+    def _single(self, n: fx.Node) -> bool:
+        """Whether it calls one layer, rather than a module of several that is taken whole."""
+        layer = self.traced.graph_module.get_submodule(str(n.target))
+        return {name for name, _ in layer.named_children()} <= {"parametrizations"}
+
     def _layer(self, s: fx.Node, t: fx.Node) -> bool:
         """Whether t is a hidden layer with a weight matrix or kernel that changes the width only."""
         a, b = self.shapes.get(s.name, ()), self.shapes.get(t.name, ())
         if len(a) != len(b) or a[0] != b[0] or sum(x != y for x, y in zip(a, b, strict=True)) > 1:
             return False
-        weighs = max(self._parameters(t), default=0) > 1 and (t.op == "call_module" or t.name in self.made)
+        single = self._single(t) if t.op == "call_module" else t.name in self.made
+        weighs = max(self._parameters(t), default=0) > 1 and single
         return weighs and t.name not in self.heads
 
     def _dense(self, t: fx.Node, region: Sequence[fx.Node]) -> list[Unit]:
@@ -293,8 +308,10 @@ class _Finder:
     def _unit(self, kind: str, source: str, nodes: Sequence[fx.Node]) -> Unit:
         modules = [str(n.target) for n in nodes if n.op == "call_module"]
         held = [str(m.target) for n in nodes for m in n.all_input_nodes if m.op == "get_attr"]
-        name = common_name((modules or held)[: 1 if kind == "plain" else None]) or nodes[-1].name
-        return Unit(name, kind, source, nodes[-1].name, tuple(n.name for n in nodes), self._signature(nodes))
+        named = (modules or held or [nodes[-1].name])[: 1 if kind == "plain" else None]
+        return Unit(
+            common_name(named), kind, source, nodes[-1].name, tuple(n.name for n in nodes), self._signature(nodes)
+        )
 
     def _lines(self, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
         return self._said(nodes, {})

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from fxmerge.depth.grow import Grown, grow
-from fxmerge.depth.insert import repeated
+from fxmerge.depth.insert import inserted, repeated
 from fxmerge.depth.shrink import shrink
-from fxmerge.errors import StructureError
+from fxmerge.errors import InputError, NoIdentityError, StructureError
 from fxmerge.interfaces import AbstractDepthAligner, Sample
 from fxmerge.ir import AxisClasses
-from fxmerge.units import Stage, Unit, corresponding, find_stages, grouped, pattern
+from fxmerge.units import Stage, Unit, corresponding, grouped, pattern, segmented
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,57 +70,75 @@ def balanced(
     Raises:
         StructureError: stages do not correspond, or no alignment of their units does.
     """
-    stages = [find_stages(p) for p in parents]
     chosen, given = -1, template is not None
     if template is None:
-        sizes = [sum(len(s.units) for s in found) for found in stages]
+        sizes = [sum(len(s.units) for s in segmented(p)) for p in parents]
         chosen = sizes.index(max(sizes) if how == "grow" else min(sizes))
         template = parents[chosen]
     elif template in parents:
         chosen = list(parents).index(template)
-    goal = find_stages(template)
-    both = corresponding([goal, *stages])
-    if both is None:
-        other = next(k for k, found in enumerate(stages) if corresponding([goal, found]) is None)
-        raise StructureError(_different(goal, stages[other], other))
+    places = _side_by_side(template, parents)
     if how == "grow" and not given:
-        template = _enlarged(
-            template, [max(map(len, (s.units for s in place))) for place in both], [s for s, *_ in both]
-        )
+        template = _enlarged(template, places)
+        places = _side_by_side(template, parents)
     grown: list[Grown] = []
     links: list[Link] = []
     for k, parent in enumerate(parents):
         if parent is template:
             grown.append(Grown(parent, (), frozenset(), frozenset(), {}, 0.0))
             continue
-        nth = f"{_ordinal(k)}"
-        pairs = corresponding([find_stages(template), stages[k]])
-        assert pairs is not None
-        missing, spare, found_links = _aligned(template, parent, pairs, aligner, sample, k)
-        links += found_links
-        if spare:
-            parent = shrink(parent, spare, sample)
-        grown.append(grow(template, parent, missing, nth, sample))
+        pairs = [(place[0], place[k + 1]) for place in places]
+        needed: set[str] = set()  # units that cannot be identities, and so have to correspond to some
+        while True:
+            missing, spare, found = _aligned(template, parent, pairs, aligner, sample, k, needed)
+            try:
+                smaller = shrink(parent, spare, sample) if spare else parent
+                grown.append(grow(template, smaller, missing, _ordinal(k), sample))
+                break
+            except NoIdentityError as error:
+                if error.output in needed:
+                    raise
+                needed.add(error.output)
+        links += found
     return grown, links, chosen
 
 
-def _enlarged(template: AxisClasses, wanted: Sequence[int], stages: Sequence[Stage]) -> AxisClasses:
+def _side_by_side(template: AxisClasses, parents: Sequence[AxisClasses]) -> list[tuple[Stage, ...]]:
+    """Per stage that of the template and those of all parents."""
+    for whole in (True, False):
+        goal = segmented(template, whole)
+        stages = [next((s for s in _variants(p) if corresponding([goal, s])), None) for p in parents]
+        known = [s for s in stages if s is not None]
+        if len(known) == len(parents) and (found := corresponding([goal, *known])) is not None:
+            return found
+    goal = segmented(template)
+    k = next((k for k, p in enumerate(parents) if not any(corresponding([goal, s]) for s in _variants(p))), 0)
+    raise StructureError(_different(goal, segmented(parents[k]), k))
+
+
+def _variants(parent: AxisClasses) -> list[tuple[Stage, ...]]:
+    return [segmented(parent, whole) for whole in (True, False)]
+
+
+def _enlarged(template: AxisClasses, places: Sequence[tuple[Stage, ...]]) -> AxisClasses:
     """The template with as many units in every stage, new ones as identities."""
     larger = template
-    for most, stage in zip(wanted, stages, strict=True):
-        if len(stage.units) < most and not stage.units:
+    for own, *others in places:
+        longest = max(others, key=lambda s: len(s.units))
+        if len(longest.units) <= len(own.units):
+            continue
+        size = pattern(longest)
+        groups, most = grouped(own, size), grouped(longest, size)
+        if not own.units or groups is None or most is None:
             raise StructureError(
-                "the deepest network has no unit in a stage where another one has some: pass that one as target="
+                "the deepest network lacks the units of a stage where another one has some: pass that one as target="
             )
-        unit = stage.units[-1] if stage.units else None
-        for _ in range(most - len(stage.units)):
-            unit = next(u for s in find_stages(larger) for u in s.units if unit and u.name == unit.name)
-            larger = repeated(larger, unit)
+        for _ in range(len(most.units) - len(groups.units)):
+            larger = repeated(larger, groups.units[-1])
     if larger is template:
         return template
     before = {n.name for n in template.traced.graph_module.graph.nodes}
-    new = [u for s in find_stages(larger) for u in s.units if not before & set(u.nodes)]
-    return grow(larger, template, new, "deepest", None).classes
+    return grow(larger, template, inserted(larger, before), "deepest", None).classes
 
 
 Groups = list[tuple[tuple[Unit, ...], int]]
@@ -133,8 +152,12 @@ def _aligned(
     aligner: AbstractDepthAligner,
     sample: Sample | None,
     number: int,
+    needed: Set[str],
 ) -> tuple[list[Unit], Groups, list[Link]]:
-    """The template's units that the parent lacks, the parent's that are to be joined, and how stages were aligned."""
+    """The template's units that the parent lacks, the parent's that are to be joined, and how stages were aligned.
+
+    Those of the template's units that are ``needed``, by their output, are not left out.
+    """
     missing: list[Unit] = []
     spare: Groups = []
     links: list[Link] = []
@@ -154,11 +177,16 @@ def _aligned(
             continue
         for (s, t), costs in zip(sized, aligner.costs(a, b, sized, sample), strict=True):
             fits = torch.tensor([[u.signature == v.signature for v in t.units] for u in s.units])
-            columns = aligner.assign(costs.double().masked_fill(~fits, torch.inf))
+            if bool(costs.isnan().any()):
+                raise InputError("the costs of layers are NaN: check the data and the networks for such values")
+            wanted = torch.tensor([u.output in needed for u in t.units])
+            shifted = costs.double() - 1e6 * (wanted & torch.tensor(grow_parent))
+            columns = aligner.assign(shifted.masked_fill(~fits, torch.inf))
             if columns is None:
                 raise StructureError(
-                    f"the units of a stage do not correspond, whichever are left out:\n{_side_by_side([s], [t])}\n"
-                    "Units correspond where they have the same operations with the same settings, whatever their widths"
+                    f"the units of a stage do not correspond, whichever are left out:\n{_columns([s], [t])}\n"
+                    "Units correspond where they have the same operations with the same settings, whatever their "
+                    "widths; the first and the last ones have to, unless depth=CLAFusion(ends='free')"
                 )
             names = (tuple(u.name for u in s.units), tuple(u.name for u in t.units))
             links.append(Link(number, *names, costs, tuple(columns), not grow_parent))
@@ -173,16 +201,19 @@ def _aligned(
 
 
 def _different(goal: Sequence[Stage], found: Sequence[Stage], k: int) -> str:
-    first = next((i for i, (a, b) in enumerate(zip(goal, found, strict=False)) if a.border != b.border), len(found) - 1)
+    lines = [[line for s in stages for line in s.border] for stages in (goal, found)]
+    both = next(((a, b) for a, b in zip_longest(*lines, fillvalue="nothing") if a != b), ("", ""))
+    none = "" if any(s.units for s in (*goal, *found)) else " Neither has a unit that may be repeated."
+    which = _ordinal(k)
     return (
-        f"the stages of the {_ordinal(k)} network do not correspond to those of the result's:\n"
-        f"{_side_by_side(goal, found)}\n"
-        f"They differ in what precedes stage {first + 1}. Networks may differ in how often layers are repeated and in "
-        "widths; all else must be the same"
+        f"the stages of the {which} network do not correspond to those of the result's:\n"
+        f"{_columns(goal, found)}\n"
+        f"Between them they differ: {both[0]} in the result's, {both[1]} in the {which}.{none} Networks may differ in "
+        "how often layers are repeated and in widths; all else must be the same"
     )
 
 
-def _side_by_side(left: Sequence[Stage], right: Sequence[Stage]) -> str:
+def _columns(left: Sequence[Stage], right: Sequence[Stage]) -> str:
     rows = [(str(a) if a else "", str(b) if b else "") for a, b in _zipped(left, right)]
     width = max(len(a) for a, _ in rows)
     return "\n".join(f"  {i + 1:>2}  {a:<{width}}  |  {b}" for i, (a, b) in enumerate(rows))

@@ -68,8 +68,14 @@ def grow(template: AxisClasses, parent: AxisClasses, missing: Sequence[Unit], nt
     """
     traced = template.traced
     pairs = counterparts(traced, parent.traced, nth, True, _without(traced.graph_module.graph, missing))
-    names = tensors(pairs, traced)
+    names = tensors(pairs, traced, parent.traced)
     sizes, origins, absent, passing = _widths(template, parent, missing, names, nth)
+    for k, size in sizes.items():
+        if size != template[k].size and (template[k].parents or template.children(k)):
+            raise StructureError(
+                f"the parents differ in width at '{template[k].name}': {template[k].size} against {size} neurons. "
+                "Classes in blocks (heads, groups) need equal widths"
+            )
     lifted = resized(template, sizes)
     state = _state(template, lifted, parent, names, origins)
     module = rewrite(template, state, lifted)

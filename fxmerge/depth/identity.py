@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from fxmerge.depth.tensors import body, tensors_of
-from fxmerge.errors import StructureError
+from fxmerge.errors import NoIdentityError
 from fxmerge.interfaces import Sample
 from fxmerge.ir import Traced
 from fxmerge.running import bind, evaluating, fresh
@@ -28,7 +29,7 @@ def make_identity(traced: Traced, unit: Unit, sample: Sample | None) -> set[str]
     """Sets the unit's parameters so that it passes on what it reads; names of those that then say nothing.
 
     Raises:
-        StructureError: that is not possible, and why.
+        NoIdentityError: that is not possible, and why.
     """
     if unit.kind == "concat":
         return set(tensors_of(traced, unit))
@@ -100,9 +101,11 @@ def _silence(region: _Region, traced: Traced, unit: Unit) -> set[str]:
     if not quiet():
         for n in own:
             state[n].copy_(kept[n])
-        raise StructureError(
-            f"'{unit.name}' cannot be an identity: even with all its parameters at zero it changes what it reads (a "
-            "norm or an activation behind the sum). Use depth='shrink'"
+        why = f"even with all its {len(own)} parameters at zero" if own else "without parameters of its own"
+        raise NoIdentityError(
+            f"'{unit.name}' cannot be an identity: {why} it changes what it reads (by a norm, an activation, a "
+            "factor). Use depth='shrink'",
+            unit.output,
         )
     closing: list[str] = []
     for n in own:  # in the order of use, so that what stays zero is the end of a branch
@@ -118,16 +121,19 @@ def _pass_on(region: _Region, unit: Unit) -> set[str]:
     module = region.module
     for node in region.nodes:
         layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if layer is None or not list(layer.parameters()):
+        norm = isinstance(layer, _BatchNorm)
+        if layer is None or not (norm or list(layer.parameters())):
             continue
-        if isinstance(layer, _BatchNorm) and layer.affine and layer.running_mean is not None:
+        if norm and layer.affine and layer.running_mean is not None:
             with evaluating(module):
                 read: Any = node.args[0]
                 values = [region.run(k)[read].transpose(0, 1).flatten(1) for k in range(len(region.given))]
             _undo(layer, torch.cat(values, 1).double())
-        elif not _identity_layer(layer):
-            raise StructureError(
-                f"'{unit.name}' cannot be an identity: there is none for {layer} at '{node.target}'. Use depth='shrink'"
+        elif is_parametrized(layer) or not _identity_layer(layer):
+            raise NoIdentityError(
+                f"'{unit.name}' cannot be an identity: there is none for {layer} at '{node.target}'. Use "
+                "depth='shrink'",
+                unit.output,
             )
     with evaluating(module):
         change, scale = region.change(), region.given[0][region.source].abs().max().clamp_min(1e-30)
@@ -136,10 +142,11 @@ def _pass_on(region: _Region, unit: Unit) -> set[str]:
         behind = [
             str(n.target) if n.op == "call_module" else getattr(n.target, "__name__", n.name) for n in region.nodes
         ]
-        raise StructureError(
+        raise NoIdentityError(
             f"'{unit.name}' cannot be an identity: it changes what it passes on by "
-            f"{float(change.abs().max() / scale):.1e} ({' -> '.join(behind)}), since its activation applied twice is "
-            "not the same as once. Use depth='shrink'"
+            f"{float(change.abs().max() / scale):.1e} ({' -> '.join(behind)}): what follows its layer must leave alone "
+            "what it has made, as a ReLU does. Use depth='shrink'",
+            unit.output,
         )
     return set()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from fxmerge.layout import resized
 from fxmerge.rewrite import resize, rewrite
 from fxmerge.symmetry import full_state, load_state
 from fxmerge.trace import trace
-from fxmerge.units import Unit, find_stages
+from fxmerge.units import Unit, find_stages, segmented
 
 
 def deepen(module: nn.Module, units: Mapping[str, int], example_inputs: Any = None) -> fx.GraphModule:
@@ -38,18 +38,24 @@ def deepen(module: nn.Module, units: Mapping[str, int], example_inputs: Any = No
     known = {u.name for s in find_stages(classes) for u in s.units}
     if wrong := [n for n in units if n not in known]:
         raise InputError(f"no unit is called '{wrong[0]}'; there are {', '.join(sorted(known))}")
-    deeper, new = classes, list[Unit]()
+    if odd := [n for n in units.values() if not isinstance(n, int) or n < 0]:
+        raise InputError(f"units={dict(units)}: {odd[0]!r} is no number of units to insert")
+    deeper = classes
     for name, times in units.items():
         for _ in range(times):
             unit = next(u for s in find_stages(deeper) for u in s.units if u.name == name)
             deeper = repeated(deeper, unit)
     before = {n.name for n in classes.traced.graph_module.graph.nodes}
-    new = [u for s in find_stages(deeper) for u in s.units if not before & set(u.nodes)]
-    module_grown = grow(deeper, classes, new, "given", None).classes.traced.graph_module
+    module_grown = grow(deeper, classes, inserted(deeper, before), "given", None).classes.traced.graph_module
     modes = {n: m.training for n, m in module.named_modules()}
     for name, m in module_grown.named_modules():
         m.training = modes.get(name, module.training)
     return module_grown
+
+
+def inserted(classes: AxisClasses, before: Set[str]) -> list[Unit]:
+    """The units none of whose nodes were there before."""
+    return [u for s in segmented(classes) for u in s.units if not before & set(u.nodes)]
 
 
 def repeated(classes: AxisClasses, unit: Unit) -> AxisClasses:
@@ -150,13 +156,13 @@ def _renamed(name: str, renamed: Mapping[str, str]) -> str | None:
 
 def _widen(module: fx.GraphModule, classes: AxisClasses, unit: Unit, renamed: Mapping[str, str]) -> None:
     """Room for the new unit's outputs wherever the old one's are read, and for the old one's in the new unit."""
-    made = next(k for k, c in enumerate(classes) if any(t.node == unit.output and t.kind == "made" for t in c.taps))
+    inside = {k for k, c in enumerate(classes) if {t.node for t in c.taps if t.kind == "made"} <= set(unit.nodes)}
+    made = next(k for k in inside if any(t.node == unit.output for t in classes[k].taps))
     size = classes[made].size
     doubled = resized(classes, {made: 2 * size}).by_tensor()
     state = full_state(module)
     own = set(tensors_of(classes.traced, unit))
     wider: dict[str, Tensor] = {}
-    inside = {k for k, c in enumerate(classes) if {t.node for t in c.taps if t.kind == "made"} <= set(unit.nodes)}
     for name, entries in classes.by_tensor().items():
         value = state[name].detach()
         if name in own:

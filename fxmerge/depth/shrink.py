@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxmerge.alike import contributing
 from fxmerge.classes import infer_classes
 from fxmerge.depth.grow import fitted
 from fxmerge.depth.tensors import body, run_shapes
@@ -70,6 +71,14 @@ def _join(
     start, one = nodes[units[0].source], units[kept] if kept >= 0 else None
     layer, norm = _last_layer(module, nodes, one) if one else (None, None)
     spare = [(u, body(module.graph, u)) for u in reversed(units) if u is not one]
+    read, gone = contributing(module.graph), {n for _, inside in spare for n in inside}
+    for n in module.graph.nodes:
+        if n not in read and any(m in gone for m in n.all_input_nodes):
+            gone.add(n)
+    for n in reversed(module.graph.nodes):
+        if n in gone and n not in read:  # an assertion about what goes
+            module.graph.erase_node(n)
+    spare = [(u, [n for n in inside if n in read]) for u, inside in spare]
     for unit, _ in spare:
         nodes[unit.output].replace_all_uses_with(nodes[unit.source])
     for _, inside in spare:
@@ -90,7 +99,7 @@ def _last_layer(module: fx.GraphModule, nodes: dict[str, fx.Node], unit: Unit) -
     if unit.kind == "plain":
         first = nodes[unit.nodes[0]]
         follower = next(iter(first.users)) if len(first.users) == 1 else None
-        return first, follower if _is(module, follower, _BatchNorm) else None
+        return first, follower if _normed(module, follower) else None
     inside = set(unit.nodes)
     end = nodes[unit.output]
     while end.op != "output" and _added(end, nodes[unit.source], inside) is None:
@@ -101,7 +110,7 @@ def _last_layer(module: fx.GraphModule, nodes: dict[str, fx.Node], unit: Unit) -
     at = _added(end, nodes[unit.source], inside)
     while at is not None and at.op == "call_module" and _drops(module.get_submodule(str(at.target))):
         at = at.args[0]  # type: ignore[assignment]
-    norm = at if _is(module, at, _BatchNorm) else None
+    norm = at if _normed(module, at) else None
     at = norm.args[0] if norm is not None else at  # type: ignore[assignment]
     return (at, norm) if at is not None and at.op == "call_module" else (None, None)
 
@@ -134,8 +143,10 @@ def _reaches(n: fx.Node, source: fx.Node) -> bool:
     return False
 
 
-def _is(module: fx.GraphModule, n: fx.Node | None, kinds: Any) -> bool:
-    return n is not None and n.op == "call_module" and isinstance(module.get_submodule(str(n.target)), kinds)
+def _normed(module: fx.GraphModule, n: fx.Node | None) -> bool:
+    """Whether it is a BatchNorm whose scale, shift and statistics can be set."""
+    layer: Any = module.get_submodule(str(n.target)) if n is not None and n.op == "call_module" else None
+    return isinstance(layer, _BatchNorm) and layer.affine and layer.running_mean is not None
 
 
 def _read(module: fx.GraphModule, parent: AxisClasses, layer: fx.Node | None, before: str, now: str) -> None:
@@ -143,7 +154,10 @@ def _read(module: fx.GraphModule, parent: AxisClasses, layer: fx.Node | None, be
     if layer is None or layer.op != "call_module":
         raise StructureError(f"the layer at '{layer}' cannot be fitted: only layers of torch.nn can. Use depth='grow'")
     name = f"{layer.target}.weight"
-    weight = full_state(module)[name].detach()
+    state = full_state(module)
+    if name not in state:
+        raise StructureError(f"'{layer.target}' has no weight of its own that could be fitted. Use depth='grow'")
+    weight = state[name].detach()
     shown = {at: sum(c.size for c in parent if any(t.node == at for t in c.taps)) for at in (before, now)}
     sites = {s for s, _, _ in parent.by_tensor().get(name, ()) if s in parent.reads}
     for site in sites:
@@ -201,7 +215,7 @@ def _goal(
     if plain:
         first = known[last.nodes[0]]
         follower = next(iter(first.users))
-        return (follower.name if _is(original, follower, _BatchNorm) else first.name), None
+        return (follower.name if _normed(original, follower) else first.name), None
     end = known[last.output]
     while len(end.all_input_nodes) == 1 and end.name in last.nodes:
         end = end.all_input_nodes[0]

@@ -43,15 +43,16 @@ class WeightMatching(AbstractMatcher):
     def match(self, problem: Problem) -> Alignment:
         first = problem.classes[0]
         states = [parameters(s, first, problem.apart) for s in problem.states]
-        states = [{n: v for n, v in s.items() if n not in problem.silent} for s in states]
         found = [[torch.arange(c.size) for c in first]]
         bar = tqdm(
             total=(len(states) - 1) * self.restarts, desc="weight matching", disable=not problem.progress, leave=False
         )
         with bar:
-            for state in states[1:]:
+            for b in range(1, len(states)):
                 best, objective = None, -float("inf")
-                start = partial(self._start, problem, states[0], state)
+                silent = problem.silent((0, b))
+                target, state = ({n: v for n, v in states[p].items() if n not in silent} for p in (0, b))
+                start = partial(self._start, problem, target, state)
                 with ThreadPoolExecutor(os.cpu_count()) as pool:  # assignments and products leave the interpreter free
                     for value, permutation in pool.map(start, range(self.restarts)):
                         if value > objective * (1 + 1e-9) or best is None:
@@ -59,7 +60,7 @@ class WeightMatching(AbstractMatcher):
                         bar.update()
                 assert best is not None
                 found.append(best)
-        if len(states) > 2:
+        if len(states) > 2 and not any(problem.idle):  # with units of their own, to the first alone
             found = self._refine(first, states, found, problem)
         quality = _quality(first, states, found)
         return from_permutations(first, found, problem.shares, str(self), quality)
