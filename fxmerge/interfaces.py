@@ -102,11 +102,13 @@ class AbstractDepthAligner(ABC):
     Attributes:
         needs_data: whether it cannot do without.
         balance: whether to "grow" the shallower or to "shrink" the deeper network.
+        join: how plain units become one where it shrinks: "ridge", "sum", "majority" or "fraction".
         keep: whether a layer that is the identity in some parents stays so; None: where it is no larger kernel.
     """
 
     needs_data: bool = False
     balance: str = "grow"
+    join: str = "ridge"
     keep: bool | None = None
 
     @abstractmethod

@@ -527,6 +527,31 @@ def test_joined_units_give_what_they_gave_together(kind):
     assert change(result.module, deep, x) < 0.02
 
 
+@pytest.mark.parametrize("join", ["sum", "majority", "fraction"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layers_are_joined_by_signs(join, bias):
+    """Where all pre-activations are positive, W2 W1 is exact; where all are negative, nothing is left of them."""
+    x = torch.rand(32, 6, generator=torch.Generator().manual_seed(0)).double()
+    deep, shallow = (seeded(lambda n=n: mlp(*[6] * n, bias=bias)) for n in (3, 2))
+    options = {"target": shallow, "weights": [1, 0], "matcher": Average(), "data": list(x.split(10)), "repair": None}
+    options |= {"example_inputs": x, "progress": False, "depth": CLAFusion("shrink", join=join)}
+    with torch.no_grad():
+        for p in deep[:6].parameters():
+            p.abs_()
+    assert change(fxmerge.merge(deep, shallow, **options).module, deep, x) < 1e-12
+    with torch.no_grad():
+        for p in deep[2].parameters():
+            p.neg_()
+    assert change(fxmerge.merge(deep, shallow, **options).module, deep, x) < 1e-12
+
+
+def test_signs_are_for_linear_layers():
+    a, b = chain(1, 1).eval(), chain(2, 1).eval()
+    options = {"data": [IMAGES], "example_inputs": IMAGES, "progress": False, "depth": CLAFusion("shrink", join="sum")}
+    with pytest.raises(fxmerge.StructureError, match=r"linear layers without norms.*join='ridge'"):
+        fxmerge.merge(a, b, **options)
+
+
 def test_a_target_of_other_depth_and_width():
     a, b, target = mlp(8, 8, 8), mlp(7, 7), mlp(5, 4, 3, 6)
     result = fxmerge.merge(a, b, target=target, data=[VECTORS], example_inputs=VECTORS, progress=False)
@@ -783,3 +808,16 @@ def test_patterns_are_inserted_whole():
 def test_a_number_of_units_is_a_number(count):
     with pytest.raises(fxmerge.InputError, match="no number of units"):
         deepen(mlp(8, 8), {"2": count}, VECTORS)
+
+
+def test_a_block_of_attention_and_mlp_is_fitted_to_what_two_did():
+    """The second block adds next to nothing, so the first one's fit has little to change."""
+    x = torch.randn(64, 5, 8, generator=torch.Generator().manual_seed(3)).double()
+    deep, shallow = seeded(lambda: Attention(2, 32)), seeded(lambda: Attention(1, 32), 1)
+    with torch.no_grad():
+        for name in ("proj", "down"):
+            for p in deep.blocks[1][name].parameters():
+                p.mul_(1e-3)
+    options = {"weights": [1, 0], "matcher": Average(), "data": [x], "repair": None, "progress": False}
+    result = fxmerge.merge(deep, shallow, target=shallow, example_inputs=x, **options)
+    assert change(result.module, deep, x) < 0.02

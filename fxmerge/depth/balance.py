@@ -92,7 +92,7 @@ def balanced(
         while True:
             missing, spare, found = _aligned(template, parent, pairs, aligner, sample, k, needed)
             try:
-                smaller = shrink(parent, spare, sample) if spare else parent
+                smaller = shrink(parent, spare, sample, aligner.join) if spare else parent
                 grown.append(grow(template, smaller, missing, _ordinal(k), sample))
                 break
             except NoIdentityError as error:

@@ -31,6 +31,9 @@ class CLAFusion(AbstractDepthAligner):
     """Cross-layer alignment.
 
     Args:
+        join: how plain units are joined where a network shrinks: "ridge" regression on the data, or the published rules
+            for linear layers, W2 diag(g) W1: g is 1 where the sum of the pre-activations between the two is positive
+            ("sum"), where most of them are ("majority"), or the share that is ("fraction").
         cost: what tells two units apart: "cka", one minus the linear CKA of their outputs (Kornblith et al., arXiv
             1905.00414, eq. 3); "wasserstein", the squared 2-Wasserstein distance between their neurons, as vectors over
             the samples; "weights", the distance of their layers' singular values, without data. None: "cka" where there
@@ -47,6 +50,7 @@ class CLAFusion(AbstractDepthAligner):
         self,
         balance: str = "grow",
         *,
+        join: str = "ridge",
         cost: str | None = None,
         unbiased: bool = False,
         keep: bool | None = None,
@@ -55,9 +59,11 @@ class CLAFusion(AbstractDepthAligner):
         one_of(
             "CLAFusion",
             balance=(balance, ("grow", "shrink")),
+            join=(join, ("ridge", "sum", "majority", "fraction")),
             cost=(cost, (None, "cka", "wasserstein", "weights")),
             ends=(ends, ("pinned", "free")),
         )
+        self.join = join
         self.balance, self.cost, self.unbiased, self.keep, self.ends = balance, cost, unbiased, keep, ends
         self.needs_data = cost in ("cka", "wasserstein")
 

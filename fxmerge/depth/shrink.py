@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxmerge.alike import contributing
@@ -36,7 +36,11 @@ _ROWS = 256  # per sample, for a layer that is fitted
 
 
 def shrink(
-    parent: AxisClasses, groups: Sequence[tuple[tuple[Unit, ...], int]], sample: Sample | None, ridge: float = 1e-3
+    parent: AxisClasses,
+    groups: Sequence[tuple[tuple[Unit, ...], int]],
+    sample: Sample | None,
+    join: str = "ridge",
+    ridge: float = 1e-3,
 ) -> AxisClasses:
     """The network with every group of adjacent units as one.
 
@@ -44,6 +48,7 @@ def shrink(
         parent: the network; left as it is.
         groups: units, and which of them gives the layers (of plain units always the last; -1: none, all are left out).
         sample: data to fit them on.
+        join: how plain units become one: "ridge", or a rule of signs, see ``CLAFusion``.
         ridge: relative to the mean square of a layer's inputs.
 
     Raises:
@@ -59,17 +64,23 @@ def shrink(
             raise StructureError(f"there is no unit in a stage to join '{units[0].name}' with; use depth='grow'")
         if kind == "plain" and sample is None:
             raise StructureError(f"{whole} into one needs data=; use depth='grow'")
-        _join(module, parent, units, kept if kind == "residual" else len(units) - 1, sample, ridge)
+        _join(module, parent, units, kept if kind == "residual" else len(units) - 1, sample, join, ridge)
     shrunk = replace(parent.traced, graph_module=module, source=module, notes=())
     return infer_classes(replace(shrunk, shapes=run_shapes(module, shrunk)))
 
 
 def _join(
-    module: fx.GraphModule, parent: AxisClasses, units: Sequence[Unit], kept: int, sample: Sample | None, ridge: float
+    module: fx.GraphModule,
+    parent: AxisClasses,
+    units: Sequence[Unit],
+    kept: int,
+    sample: Sample | None,
+    join: str,
+    ridge: float,
 ) -> None:
     nodes = {n.name: n for n in module.graph.nodes}
     start, one = nodes[units[0].source], units[kept] if kept >= 0 else None
-    layer, norm = _last_layer(module, nodes, one) if one else (None, None)
+    layer, norm, added = _last_layer(module, nodes, one) if one else (None, None, None)
     spare = [(u, body(module.graph, u)) for u in reversed(units) if u is not one]
     read, gone = contributing(module.graph), {n for _, inside in spare for n in inside}
     for n in module.graph.nodes:
@@ -91,28 +102,78 @@ def _join(
         _read(module, parent, layer, nodes[units[-1].source].name, start.name)
     if layer is None or sample is None or type(module.get_submodule(str(layer.target))) not in LAYERS:
         return
-    _fit(module, parent, units, one, layer, norm, sample, ridge)
+    if one.kind == "plain" and join != "ridge":
+        _by_signs(module, parent, units, layer, sample, join)
+    else:
+        base = None if added is None else str(added[0].args[added[1]])
+        _fit(module, parent, units, one, layer, norm, base, sample, ridge)
 
 
-def _last_layer(module: fx.GraphModule, nodes: dict[str, fx.Node], unit: Unit) -> tuple[fx.Node | None, fx.Node | None]:
-    """The layer, and the BatchNorm behind it, that end the unit before its sum or activation."""
+@torch.no_grad()
+def _by_signs(
+    module: fx.GraphModule, parent: AxisClasses, units: Sequence[Unit], node: fx.Node, sample: Sample, rule: str
+) -> None:
+    """W2 diag(g) W1 for every two of the layers, with g from the signs of what the first one gives in the parent."""
+    original = parent.traced.graph_module
+    known = {n.name: n for n in original.graph.nodes}
+    names = [u.nodes[0] for u in units]
+    layers = [original.get_submodule(str(known[n].target)) if known[n].op == "call_module" else None for n in names]
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    if len(linear) < len(layers) or any(_normed(original, u) for n in names for u in known[n].users):
+        raise StructureError(
+            f"join='{rule}' is for linear layers without norms, and '{units[0].name}' .. '{units[-1].name}' are "
+            "others. Use join='ridge'"
+        )
+    total: dict[str, Any] = dict.fromkeys(names[:-1], 0.0)
+    positive: dict[str, Any] = dict.fromkeys(names[:-1], 0.0)
+    rows = 0
+    for number, batch in enumerate(sample.batches):
+        with fitting(number), evaluating(original):
+            args, kwargs = sample.feed(batch)
+            heard = listen(original, set(names[:-1]), args, kwargs)
+        flat = {n: v.flatten(0, -2) for n, v in heard.items()}
+        rows += len(flat[names[0]])
+        for n, v in flat.items():
+            total[n] = total[n] + v.double().sum(0)
+            positive[n] = positive[n] + (v > 0).double().sum(0)
+    weight, bias = (None if t is None else t.double() for t in (linear[0].weight, linear[0].bias))
+    assert weight is not None
+    for n, layer in zip(names[:-1], linear[1:], strict=True):
+        share = positive[n] / max(rows, 1)
+        g = {"sum": (total[n] >= 0).double(), "majority": (share >= 0.5).double(), "fraction": share}[rule]
+        weight = layer.weight.double() @ (g[:, None] * weight)
+        bias = None if bias is None else layer.weight.double() @ (g * bias)
+        bias = layer.bias.double() + (0 if bias is None else bias) if layer.bias is not None else bias
+    kept: Any = module.get_submodule(str(node.target))
+    kept.weight.copy_(weight)
+    if kept.bias is not None and bias is not None:
+        kept.bias.copy_(bias)
+
+
+def _last_layer(
+    module: fx.GraphModule, nodes: dict[str, fx.Node], unit: Unit
+) -> tuple[fx.Node | None, fx.Node | None, tuple[fx.Node, int] | None]:
+    """The layer, and the BatchNorm behind it, that end the unit before its activation or sum; the sum, and which of its
+    arguments that is added to.
+    """
     if unit.kind == "plain":
         first = nodes[unit.nodes[0]]
         follower = next(iter(first.users)) if len(first.users) == 1 else None
-        return first, follower if _normed(module, follower) else None
+        return first, follower if _normed(module, follower) else None, None
     inside = set(unit.nodes)
     end = nodes[unit.output]
     while end.op != "output" and _added(end, nodes[unit.source], inside) is None:
         before = [n for n in end.all_input_nodes if n.name in inside]
         if len(before) != 1:
-            return None, None
+            return None, None, None
         end = before[0]
     at = _added(end, nodes[unit.source], inside)
+    added = next(((end, i) for i, a in enumerate(end.args) if isinstance(a, fx.Node) and a is not at), None)
     while at is not None and at.op == "call_module" and _drops(module.get_submodule(str(at.target))):
         at = at.args[0]  # type: ignore[assignment]
     norm = at if _normed(module, at) else None
     at = norm.args[0] if norm is not None else at  # type: ignore[assignment]
-    return (at, norm) if at is not None and at.op == "call_module" else (None, None)
+    return (at, norm, added) if at is not None and at.op == "call_module" else (None, None, None)
 
 
 def _drops(layer: Any) -> bool:
@@ -175,6 +236,7 @@ def _fit(
     one: Unit,
     node: fx.Node,
     norm: fx.Node | None,
+    base: str | None,
     sample: Sample,
     ridge: float,
 ) -> None:
@@ -184,7 +246,7 @@ def _fit(
     original = parent.traced.graph_module
     known = {n.name: n for n in original.graph.nodes}
     plain = one.kind == "plain"
-    goal, base = _goal(original, known, units, plain)
+    goal = _goal(original, known, units, plain)
     inner = str(node.args[0])
     draw = torch.Generator().manual_seed(0)
     sums = Sums()
@@ -207,16 +269,14 @@ def _fit(
         set_statistics({}, bn, *moments)
 
 
-def _goal(
-    original: fx.GraphModule, known: dict[str, fx.Node], units: Sequence[Unit], plain: bool
-) -> tuple[str, str | None]:
-    """Nodes: what the group gives before its activation, and what is to be taken off it."""
+def _goal(original: fx.GraphModule, known: dict[str, fx.Node], units: Sequence[Unit], plain: bool) -> str:
+    """The node that has what the group gives before its activation."""
     last = units[-1]
     if plain:
         first = known[last.nodes[0]]
         follower = next(iter(first.users))
-        return (follower.name if _normed(original, follower) else first.name), None
+        return follower.name if _normed(original, follower) else first.name
     end = known[last.output]
     while len(end.all_input_nodes) == 1 and end.name in last.nodes:
         end = end.all_input_nodes[0]
-    return end.name, units[0].source
+    return end.name
