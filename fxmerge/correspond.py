@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fxmerge.alike import counterparts
-from fxmerge.errors import StructureError
+from fxmerge.errors import StructureError, nth
 from fxmerge.ir import OUTPUT, AxisClass, AxisClasses
 
 
@@ -24,7 +24,7 @@ def require_same_structure(
         ours, theirs = set(first.by_tensor()), set(other.by_tensor())
         if ours != theirs:
             odd = sorted(ours ^ theirs)[0]
-            where = "first" if odd in ours else f"{_nth(number)}"
+            where = "first" if odd in ours else f"{nth(number)}"
             raise StructureError(
                 f"the parents differ in structure: '{odd}' is only in the {where} network. Check that both are "
                 "of the same architecture; fxmerge.merge takes networks of different depth"
@@ -50,11 +50,11 @@ def require_same_structure(
                 f"the parents differ in {'width' if c.free else 'the number of outputs or inputs'} at '{c.name}': "
                 f"{c.size} against {same.size} neurons. {way}"
             )
-        counterparts(first.traced, other.traced, _nth(number), wider)
+        counterparts(first.traced, other.traced, nth(number), wider)
         if len(first) != len(other) or any(_axes(a) != _axes(b) for a, b in zip(first, other, strict=True)):
             raise StructureError(
                 f"the parents differ in structure: {len(first)} classes of neurons in the first network, {len(other)} "
-                f"in the {_nth(number)}, or at other places. Check that both are of the same architecture"
+                f"in the {nth(number)}, or at other places. Check that both are of the same architecture"
             )
 
 
@@ -66,7 +66,3 @@ def alike_in_names(classes: Sequence[AxisClasses]) -> bool:
 
 def _axes(c: AxisClass) -> list[tuple[str, int]]:
     return sorted((s.parameter, s.axis) for s in c.sites)
-
-
-def _nth(k: int) -> str:
-    return {2: "second", 3: "third"}.get(k, f"{k}th")

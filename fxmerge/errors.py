@@ -55,6 +55,11 @@ def few(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def nth(number: int) -> str:
+    """1 -> "first"."""
+    return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")
+
+
 def one_of(owner: str, **options: tuple[object, Iterable[object]]) -> None:
     """Every option (value, known values) must have a known value; else an InputError names the choices."""
     for name, (value, known) in options.items():

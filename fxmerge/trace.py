@@ -81,7 +81,7 @@ def _run(
     graph_module: fx.GraphModule, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], check: bool
 ) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """What the graph returns, and the shapes of its nodes."""
-    interpreter = _ShapeInterpreter(graph_module)
+    interpreter = ShapeInterpreter(graph_module)
     try:
         with evaluating(module, graph_module):
             output = interpreter.run(*bind(graph_module.graph, fresh(args), fresh(kwargs)))
@@ -92,7 +92,7 @@ def _run(
     return output, interpreter.shapes
 
 
-class _ShapeInterpreter(fx.Interpreter):
+class ShapeInterpreter(fx.Interpreter):
     """Runs a graph and notes the shape of every node that gives one tensor."""
 
     def __init__(self, module: fx.GraphModule) -> None:

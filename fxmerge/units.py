@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import fx
@@ -170,7 +169,6 @@ class _Finder:
         self.traced: Traced = classes.traced
         self.shapes = self.traced.shapes
         self.nodes = list(self.traced.graph_module.graph.nodes)
-        self.place = {n: i for i, n in enumerate(self.nodes)}
         self.made = {t.node for c in classes for t in c.taps if t.kind == "made"}
         self.heads = {t.node for c in classes if not c.free for t in c.taps if t.kind == "made"}
         shown = {t.node for c in classes for t in c.taps}
@@ -248,17 +246,16 @@ class _Finder:
             sources = [m for m in n.all_input_nodes if m in self.live]
             graph.add_edges_from((n, m) for m in sources or [_ROOT])
         above = nx.immediate_dominators(graph, self.output)
-        found = []
-        at: Any = _ROOT
-        while at is not self.output:
-            to = above[at]
-            inside = [n for n in live if self._between(at) < self.place[n] <= self.place[to]]
-            found.append((None if at == _ROOT else at, to, inside))
-            at = to
-        return [(s, t, [n for n in r if n is t or nx.has_path(graph, t, n)]) for s, t, r in found]
-
-    def _between(self, at: Any) -> int:
-        return -1 if at == _ROOT else self.place[at]
+        useful = nx.descendants(graph, self.output) | {self.output}
+        found: list[tuple[fx.Node | None, fx.Node, list[fx.Node]]] = []
+        at, to, inside = None, above[_ROOT], list[fx.Node]()
+        for n in live:
+            if n in useful:
+                inside.append(n)
+            if n is to:
+                found.append((at, to, inside))
+                at, to, inside = to, above.get(to), []
+        return found
 
     def _adds(self, t: fx.Node, s: fx.Node) -> bool:
         """Whether t is a sum with s among its terms."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from fxmerge.depth.grow import Grown, grow
 from fxmerge.depth.insert import inserted, repeated
 from fxmerge.depth.shrink import shrink
-from fxmerge.errors import InputError, NoIdentityError, StructureError
+from fxmerge.errors import InputError, NoIdentityError, StructureError, nth
 from fxmerge.interfaces import AbstractDepthAligner, Sample
 from fxmerge.ir import AxisClasses
 from fxmerge.units import Stage, Unit, corresponding, grouped, pattern, segmented
@@ -88,12 +88,13 @@ def balanced(
             grown.append(Grown(parent, (), frozenset(), frozenset(), {}, 0.0))
             continue
         pairs = [(place[0], place[k + 1]) for place in places]
+        compared = _compared(template, parent, pairs, aligner, sample)
         needed: set[str] = set()  # units that cannot be identities, and so have to correspond to some
         while True:
-            missing, spare, found = _aligned(template, parent, pairs, aligner, sample, k, needed)
+            missing, spare, found = _aligned(template, pairs, compared, aligner, k, needed)
             try:
                 smaller = shrink(parent, spare, sample, aligner.join) if spare else parent
-                grown.append(grow(template, smaller, missing, _ordinal(k), sample))
+                grown.append(grow(template, smaller, missing, nth(k + 1), sample))
                 break
             except NoIdentityError as error:
                 if error.output in needed:
@@ -145,12 +146,46 @@ Groups = list[tuple[tuple[Unit, ...], int]]
 """Units that become one, and which of them gives its layers (-1: none, they are left out)."""
 
 
-def _aligned(
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """A stage in which one network has fewer units than the other, patterns as one unit, and costs [n, m]."""
+
+    short: Stage
+    long: Stage
+    costs: Tensor
+    grows: bool  # whether the parent has the fewer
+
+
+def _compared(
     template: AxisClasses,
     parent: AxisClasses,
     stages: Sequence[tuple[Stage, ...]],
     aligner: AbstractDepthAligner,
     sample: Sample | None,
+) -> list[_Compared]:
+    found: list[_Compared] = []
+    for grows in (True, False):
+        a, b = (parent, template) if grows else (template, parent)
+        pairs = [(own, goal) if grows else (goal, own) for goal, own in stages]
+        sized = []
+        for s, t in pairs:
+            if 0 < len(s.units) < len(t.units):
+                size = pattern(t)
+                small, large = grouped(s, size), grouped(t, size)
+                sized.append((s, t) if small is None or large is None else (small, large))
+        if sized:
+            costs = aligner.costs(a, b, sized, sample)
+            found += [_Compared(s, t, c, grows) for (s, t), c in zip(sized, costs, strict=True)]
+    if any(bool(c.costs.isnan().any()) for c in found):
+        raise InputError("the costs of layers are NaN: check the data and the networks for such values")
+    return found
+
+
+def _aligned(
+    template: AxisClasses,
+    stages: Sequence[tuple[Stage, ...]],
+    compared: Sequence[_Compared],
+    aligner: AbstractDepthAligner,
     number: int,
     needed: Set[str],
 ) -> tuple[list[Unit], Groups, list[Link]]:
@@ -158,44 +193,28 @@ def _aligned(
 
     Those of the template's units that are ``needed``, by their output, are not left out.
     """
-    missing: list[Unit] = []
-    spare: Groups = []
+    missing = [u for goal, own in stages if not own.units for u in goal.units]
+    spare: Groups = [(own.units, -1) for goal, own in stages if own.units and not goal.units]
     links: list[Link] = []
-    for grow_parent in (True, False):
-        a, b = (parent, template) if grow_parent else (template, parent)
-        pairs = [(own, goal) if grow_parent else (goal, own) for goal, own in stages]
-        pairs = [(s, t) for s, t in pairs if len(s.units) < len(t.units)]
-        missing += [u for s, t in pairs if grow_parent and not s.units for u in t.units]
-        spare += [(t.units, -1) for s, t in pairs if not grow_parent and not s.units]
-        pairs = [(s, t) for s, t in pairs if s.units]
-        sized = []
-        for s, t in pairs:
-            size = pattern(t)
-            small, large = grouped(s, size), grouped(t, size)
-            sized.append((s, t) if small is None or large is None else (small, large))
-        if not sized:
-            continue
-        for (s, t), costs in zip(sized, aligner.costs(a, b, sized, sample), strict=True):
-            fits = torch.tensor([[u.signature == v.signature for v in t.units] for u in s.units])
-            if bool(costs.isnan().any()):
-                raise InputError("the costs of layers are NaN: check the data and the networks for such values")
-            wanted = torch.tensor([u.output in needed for u in t.units])
-            shifted = costs.double() - 1e6 * (wanted & torch.tensor(grow_parent))
-            columns = aligner.assign(shifted.masked_fill(~fits, torch.inf))
-            if columns is None:
-                raise StructureError(
-                    f"the units of a stage do not correspond, whichever are left out:\n{_columns([s], [t])}\n"
-                    "Units correspond where they have the same operations with the same settings, whatever their "
-                    "widths; the first and the last ones have to, unless depth=CLAFusion(ends='free')"
-                )
-            names = (tuple(u.name for u in s.units), tuple(u.name for u in t.units))
-            links.append(Link(number, *names, costs, tuple(columns), not grow_parent))
-            if grow_parent:
-                missing += [u for j, u in enumerate(t.units) if j not in columns]
-            else:
-                ends = [*columns[:-1], len(t.units) - 1]
-                starts = [0, *(e + 1 for e in ends[:-1])]
-                spare += [(t.units[x : y + 1], c - x) for x, y, c in zip(starts, ends, columns, strict=True) if y > x]
+    for c in compared:
+        s, t = c.short, c.long
+        fits = torch.tensor([[u.signature == v.signature for v in t.units] for u in s.units])
+        wanted = torch.tensor([c.grows and u.output in needed for u in t.units])
+        columns = aligner.assign((c.costs.double() - 1e6 * wanted).masked_fill(~fits, torch.inf))
+        if columns is None:
+            raise StructureError(
+                f"the units of a stage do not correspond, whichever are left out:\n{_columns([s], [t])}\n"
+                "Units correspond where they have the same operations with the same settings, whatever their "
+                "widths; the first and the last ones have to, unless depth=CLAFusion(ends='free')"
+            )
+        names = (tuple(u.name for u in s.units), tuple(u.name for u in t.units))
+        links.append(Link(number, *names, c.costs, tuple(columns), not c.grows))
+        if c.grows:
+            missing += [u for j, u in enumerate(t.units) if j not in columns]
+        else:
+            ends = [*columns[:-1], len(t.units) - 1]
+            starts = [0, *(e + 1 for e in ends[:-1])]
+            spare += [(t.units[x : y + 1], col - x) for x, y, col in zip(starts, ends, columns, strict=True) if y > x]
     place = {n.name: i for i, n in enumerate(template.traced.graph_module.graph.nodes)}
     return sorted(missing, key=lambda u: place[u.output]), spare, links
 
@@ -204,7 +223,7 @@ def _different(goal: Sequence[Stage], found: Sequence[Stage], k: int) -> str:
     lines = [[line for s in stages for line in s.border] for stages in (goal, found)]
     both = next(((a, b) for a, b in zip_longest(*lines, fillvalue="nothing") if a != b), ("", ""))
     none = "" if any(s.units for s in (*goal, *found)) else " Neither has a unit that may be repeated."
-    which = _ordinal(k)
+    which = nth(k + 1)
     return (
         f"the stages of the {which} network do not correspond to those of the result's:\n"
         f"{_columns(goal, found)}\n"
@@ -223,7 +242,3 @@ def _zipped(left: Sequence[Stage], right: Sequence[Stage]) -> list[tuple[Stage |
     n = max(len(left), len(right))
     a, b = ([*s, *[None] * (n - len(s))] for s in (left, right))
     return list(zip(a, b, strict=True))
-
-
-def _ordinal(k: int) -> str:
-    return {0: "first", 1: "second", 2: "third"}.get(k, f"{k + 1}th")

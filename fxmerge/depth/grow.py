@@ -109,7 +109,7 @@ def _without(graph: fx.Graph, units: Sequence[Unit]) -> fx.Graph:
             end.replace_all_uses_with(at[unit.source])
         else:
             for user in list(end.users):
-                user.args = fx.map_arg(_dropped(user.args, end), lambda n: n)
+                user.args = _dropped(user.args, end)
     used = {known[n] for n in known if n.users}
     for n in reversed(copied.nodes):
         if n in used and not n.users:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, fx
+from torch import fx
 
 from fxmerge.ir import Traced
 from fxmerge.running import bind, evaluating, fresh
+from fxmerge.trace import ShapeInterpreter
 from fxmerge.units import Unit
 
 
@@ -43,15 +42,7 @@ def tensors_of(traced: Traced, unit: Unit) -> list[str]:
 
 def run_shapes(module: fx.GraphModule, traced: Traced) -> dict[str, tuple[int, ...]]:
     """Node name -> shape of its output, for nodes that give one tensor."""
-    found: dict[str, tuple[int, ...]] = {}
-
-    class Shapes(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                found[n.name] = tuple(value.shape)
-            return value
-
+    interpreter = ShapeInterpreter(module)
     with evaluating(module):
-        Shapes(module).run(*bind(module.graph, fresh(traced.args), fresh(dict(traced.kwargs))))
-    return found
+        interpreter.run(*bind(module.graph, fresh(traced.args), fresh(dict(traced.kwargs))))
+    return interpreter.shapes
