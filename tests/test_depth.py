@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import fxmerge
 from fxmerge.depth import CLAFusion, balanced, deepen
 from fxmerge.depth.clafusion import monotone
+from fxmerge.depth.shrink import shrink
+from fxmerge.interfaces import Sample
 from fxmerge.matchers import ActivationMatching, Average, CCAMerge, OTFusion, PLeaS, WeightMatching, ZipIt
 from fxmerge.repair import LeastSquares
 from fxmerge.symmetry import relative_error
@@ -434,6 +436,26 @@ def test_what_only_the_deeper_network_has_stays_whole(name, matcher):
         torch.testing.assert_close(state[key], given[key], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("matcher", [WeightMatching(), ActivationMatching(), OTFusion()], ids=str)
+def test_what_only_the_deeper_network_adds_counts_by_its_share(matcher):
+    """The end of an inserted branch is zero in the shallower network, so a quarter of the deeper one's is left."""
+    x = IMAGES.double()
+    small = seeded(lambda: Residual(2, 2))
+    deep = deepen(small, {"stages.0.0": 1}, x)
+    with torch.no_grad():
+        for name, p in deep.named_parameters():
+            if "inserted1.bn2" in name:
+                p.normal_()
+    twin = fxmerge.permute(small, fxmerge.infer_classes(small, x), seed=3)
+    options = {"data": [x], "example_inputs": x, "matcher": matcher, "repair": None, "progress": False}
+    state = fxmerge.merge(deep, twin, weights=[0.25, 0.75], **options).module.state_dict()
+    for key in ("weight", "bias"):
+        name = f"stages.0.0_inserted1.bn2.{key}"
+        torch.testing.assert_close(state[name], 0.25 * deep.state_dict()[name])
+    name = "stages.0.0_inserted1.conv2.weight"
+    torch.testing.assert_close(state[name], deep.state_dict()[name])
+
+
 def test_the_result_has_the_names_of_the_deeper_network_wherever_it_stands():
     a, b = seeded(lambda: mlp(8, 8)), seeded(lambda: mlp(8, 8, 8, 8), 1)
     x = VECTORS.double()
@@ -810,14 +832,31 @@ def test_a_number_of_units_is_a_number(count):
         deepen(mlp(8, 8), {"2": count}, VECTORS)
 
 
-def test_a_block_of_attention_and_mlp_is_fitted_to_what_two_did():
-    """The second block adds next to nothing, so the first one's fit has little to change."""
-    x = torch.randn(64, 5, 8, generator=torch.Generator().manual_seed(3)).double()
-    deep, shallow = seeded(lambda: Attention(2, 32)), seeded(lambda: Attention(1, 32), 1)
+class Pairs(nn.Module):
+    """Blocks of two branches, one after the other."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]) for _ in range(depth))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for first, second in self.blocks:
+            x = x + first(torch.tanh(x))
+            x = x + second(torch.relu(x))
+        return self.head(x)
+
+
+def test_a_block_of_two_branches_is_fitted_to_what_two_blocks_did():
+    """The second block adds nothing, so the first one has nothing to make up for, nor its first branch to add again."""
+    deep, x = seeded(lambda: Pairs(2)), VECTORS.double()
     with torch.no_grad():
-        for name in ("proj", "down"):
-            for p in deep.blocks[1][name].parameters():
-                p.mul_(1e-3)
-    options = {"weights": [1, 0], "matcher": Average(), "data": [x], "repair": None, "progress": False}
-    result = fxmerge.merge(deep, shallow, target=shallow, example_inputs=x, **options)
-    assert change(result.module, deep, x) < 0.02
+        for p in deep.blocks[1].parameters():
+            p.zero_()
+    (blocks,) = (s.units for s in find_stages(fxmerge.infer_classes(deep, x)) if s.units)
+    sample = Sample([x], lambda batch: ((batch,), {}))
+    one = shrink(fxmerge.infer_classes(deep, x), [(blocks, 0)], sample, ridge=1e-9).traced.graph_module
+    assert [u.name for s in find_stages(fxmerge.infer_classes(one, x)) for u in s.units] == ["blocks.0"]
+    assert not torch.equal(one.state_dict()["blocks.0.1.weight"], deep.state_dict()["blocks.0.1.weight"])  # it ran
+    assert change(one, deep, x) < 1e-6
