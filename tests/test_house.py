@@ -27,7 +27,7 @@ ORDER = """
     symbolic batch recorder record guess trace vocabulary document export barrier
     labels rules interpret classes
     alike units coupling layout symmetry stats regression interfaces matching descent literals rewrite widths affinity
-    cells budget matchers data correspond ensemble repair depth report plan pipeline __init__
+    cells budget matchers data correspond ensemble repair depth recipe report plan pipeline __init__
     """.split()
 
 # Inside a package, who may import whom: a file of its own that all the others stand on.
