@@ -1,46 +1,26 @@
-"""fxmerge: a compiler from several trained networks to one."""
+"""fxmerge: a compiler from several trained networks to one.
 
-from fxmerge.barrier import Barrier, evaluate_barrier
-from fxmerge.classes import infer_classes
-from fxmerge.depth import deepen
-from fxmerge.ensemble import Ensemble
-from fxmerge.errors import (
-    FormatError,
-    FxMergeError,
-    FxMergeWarning,
-    InputError,
-    StructureError,
-    TraceError,
-    UnknownOpError,
-    VerifyError,
-)
-from fxmerge.export import load, save
-from fxmerge.pipeline import MergeResult, align, merge
-from fxmerge.rules import rule
-from fxmerge.symmetry import permute, verify
-from fxmerge.units import find_stages
+The public names are those of ``fxmerge.api``. They are imported when the first of them is used, so that the command
+line shows its help without waiting for torch.
+"""
 
-__all__ = [
-    "Barrier",
-    "Ensemble",
-    "FormatError",
-    "FxMergeError",
-    "FxMergeWarning",
-    "InputError",
-    "MergeResult",
-    "StructureError",
-    "TraceError",
-    "UnknownOpError",
-    "VerifyError",
-    "align",
-    "deepen",
-    "evaluate_barrier",
-    "find_stages",
-    "infer_classes",
-    "load",
-    "merge",
-    "permute",
-    "rule",
-    "save",
-    "verify",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxmerge.api import *
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(name)  # asked for by tools that look at modules, and never public
+    api = import_module("fxmerge.api")
+    if name in ("__all__", *api.__all__):
+        return getattr(api, name)
+    if name in globals():  # a module of the package, which is there now
+        return globals()[name]
+    raise AttributeError(f"module 'fxmerge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(import_module("fxmerge.api").__all__)

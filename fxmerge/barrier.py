@@ -118,9 +118,7 @@ def evaluate_barrier(
         raise InputError(f"points is {points!r}; give an integer of two or more, since both ends belong to the line")
     start, end = _tensors(a), _tensors(b)
     _require_same_structure(start, end)
-    if device == "auto":
-        home = next((t.device for t in start.values()), torch.device("cpu"))
-        device = "cuda" if home.type == "cpu" and torch.cuda.is_available() else home
+    device = _working_device(start, device)
     start, end = to_device(start, device), to_device(end, device)
     network = copy.deepcopy(a).to(device)
     for m in network.modules():
@@ -139,6 +137,37 @@ def evaluate_barrier(
     gaps = [value - ((1 - t) * losses[0] + t * losses[-1]) for t, value in zip(line, losses, strict=True)]
     barrier = math.nan if any(map(math.isnan, gaps)) else max(gaps)
     return Barrier(tuple(line), losses, None if None in metrics else metrics, barrier)
+
+
+def evaluate(
+    network: nn.Module,
+    data: Iterable[Any],
+    *,
+    loss: Score | None = None,
+    metric: Score | None = None,
+    input_fn: Callable[[Any], Any] | None = None,
+    device: torch.device | str = "auto",
+    progress: bool = True,
+) -> tuple[float, float | None]:
+    """The mean loss of one network in eval mode, and its mean metric where there is one, every sample the same.
+
+    Arguments and errors are those of ``evaluate_barrier``; by default the cross-entropy and the accuracy.
+    """
+    state = _tensors(network)
+    device = _working_device(state, device)
+    network = copy.deepcopy(network).to(device)
+    for m in network.modules():
+        m.training = False
+    with preserved(), torch.no_grad():
+        batches = tqdm(_re_iterable(data), desc="evaluate", unit="batch", disable=not progress, leave=False)
+        return _evaluate(network, to_device(state, device), batches, input_fn, device, loss, metric)
+
+
+def _working_device(state: Mapping[str, Tensor], device: torch.device | str) -> torch.device | str:
+    if device != "auto":
+        return device
+    home = next((t.device for t in state.values()), torch.device("cpu"))
+    return "cuda" if home.type == "cpu" and torch.cuda.is_available() else home
 
 
 def _re_iterable(data: Iterable[Any]) -> Iterable[Any]:

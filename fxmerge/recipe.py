@@ -3,12 +3,13 @@
     {"matcher": PLeaS(1.3), "repair": None, ..}  --describe_options-->  strings, numbers, lists, dicts
                                                  <--read_options------
 
-A method is {"name": "PLeaS", "options": {"budget": 1.3}}, or its name alone. Only matchers, repairs and depth aligners
-of this package can be named: nothing is imported by a name that comes from a file.
+A method is {"name": "PLeaS", "options": {"budget": 1.3}}, or what one types: "PLeaS(budget=1.3)". Only matchers,
+repairs and depth aligners of this package can be named: nothing is imported by a name that comes from a file.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import math
 import types
@@ -153,8 +154,8 @@ def _spoken(kind: Any) -> str:
 
 
 def _method(where: str, value: Any, kind: type) -> Method:
-    """The method that {"name": .., "options": ..} or a bare name describes."""
-    spec = {"name": value} if isinstance(value, str) else dict(value)
+    """The method that {"name": .., "options": ..} or a text such as "PLeaS(budget=1.3)" describes."""
+    spec = _typed(where, value) if isinstance(value, str) else dict(value)
     name, options = spec.pop("name"), spec.pop("options", None) or {}
     if not isinstance(name, str) or name not in _METHODS[kind]:
         choices = ", ".join([*_WORDS[kind], *_METHODS[kind]])
@@ -171,3 +172,24 @@ def _method(where: str, value: Any, kind: type) -> Method:
         return cls(**given)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: {name} cannot be made with {given}: {told(error)}") from None
+
+
+def _typed(where: str, text: str) -> dict[str, Any]:
+    """{"name": .., "options": ..} of a method as one types it in Python; read, not run."""
+
+    def value(node: ast.expr) -> Any:
+        if not isinstance(node, ast.Call):
+            return ast.literal_eval(node)
+        if node.args or any(k.arg is None for k in node.keywords):
+            raise ValueError
+        return {"name": ast.unparse(node.func), "options": {str(k.arg): value(k.value) for k in node.keywords}}
+
+    if "(" not in text:
+        return {"name": text}
+    try:
+        made = value(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        raise InputError(f"{where}: {text[:80]!r} is not written like PLeaS(budget=1.3)") from None
+    if not isinstance(made, dict):
+        raise InputError(f"{where}: {text[:80]!r} is no method")
+    return made

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fxmerge.barrier import Barrier, evaluate_barrier
+from fxmerge.barrier import Barrier, evaluate, evaluate_barrier
 from fxmerge.errors import FxMergeError, InputError, StructureError
 
 
@@ -270,3 +270,12 @@ def test_on_a_gpu() -> None:
     ):
         assert found.loss == pytest.approx(on_cpu.loss, rel=1e-9)
     assert next(a.parameters()).device.type == "cpu"
+
+
+def test_one_network_is_measured_as_the_ends_of_the_line_are() -> None:
+    a, b, data = cnn(1), cnn(2).train(), samples(2, 5, 5)
+    line = evaluate_barrier(a, b, data, points=2, progress=False)
+    assert line.metric is not None
+    for network, end in ((a, 0), (b, -1)):
+        assert evaluate(network, data, progress=False) == (line.loss[end], line.metric[end])
+    assert b.training, "left as it was found"

