@@ -320,6 +320,11 @@ class _Watch(SchemaCheckMode):
         TorchDispatchMode.__init__(self, _dispatch_key=torch._C.DispatchKey.PreDispatch)
         self._interpretation = interpretation
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled, and skipping the compiler would import it: seconds in every process."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with no_python_dispatcher():  # whatever runs below this level need not be watched
@@ -335,9 +340,14 @@ class _Watch(SchemaCheckMode):
         recorded = self._interpretation.traced.origin == "recorded"
         if recorded or all(self._interpretation.is_constant(t) for t in args if isinstance(t, Tensor)):
             return func(*args, **kwargs)
-        device = next(t.device for t in args if isinstance(t, Tensor))
+        x, w = args[:2]
+        if func._schema.name == "aten::linear":
+            return x.new_zeros((*x.shape[:-1], *w.shape[:-1]))
+        if func._schema.name == "aten::matmul":
+            batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
+            return x.new_zeros((*batch, *x.shape[-2:-1], *(w.shape[-1:] if w.dim() > 1 else ())))
         shape = func(*(t.to("meta") if isinstance(t, Tensor) else t for t in args), **kwargs)
-        return torch.zeros(shape.shape, dtype=shape.dtype, device=device)
+        return x.new_zeros(shape.shape)
 
 
 class _Runner(fx.Interpreter):
