@@ -21,10 +21,11 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from fxmerge.errors import FormatError, told
+from fxmerge.shards import TENSORS
 from fxmerge.vocabulary import ATTRIBUTES, function, function_name, methods, module_class
 
 VERSION = 1
-GRAPH, TENSORS = "graph.json", "model.safetensors"
+GRAPH = "graph.json"
 # What a value that does not belong makes Python and torch raise.
 _FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 

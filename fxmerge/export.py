@@ -1,6 +1,6 @@
 """A graph module to a folder and back, without pickle: tensors as safetensors, everything else as JSON.
 
-    save(module, "out")  ->  out/model.safetensors   one copy of every tensor
+    save(module, "out")  ->  out/model.safetensors   one copy of every tensor; several files and an index where large
                              out/graph.json          modules, tensors, nodes; every name from an allow-list
                              out/recipe.json         how the module came to be
                              out/report.html         if there is a report
@@ -24,18 +24,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.document import GRAPH, TENSORS, describe, naming, rebuild
+from fxmerge.document import GRAPH, describe, naming, rebuild
 from fxmerge.errors import FormatError, FxMergeError, told
+from fxmerge.shards import SHARD_SIZE, Shards, bytes_of, write
 
 _RECIPE, _REPORT = "recipe.json", "report.html"
 
 
 def save(
-    module: fx.GraphModule, folder: str | Path, *, recipe: dict[str, Any] | None = None, report: str | None = None
+    module: fx.GraphModule,
+    folder: str | Path,
+    *,
+    recipe: dict[str, Any] | None = None,
+    report: str | None = None,
+    shard_size: int | str = SHARD_SIZE,
 ) -> Path:
     """Write ``module`` to ``folder``, which appears complete or not at all, and return the folder.
 
@@ -47,11 +52,14 @@ def save(
         folder: must not exist, or be empty.
         recipe: anything JSON can hold, for ``recipe.json``.
         report: an HTML page, for ``report.html``.
+        shard_size: bytes of tensors that one file may hold, or a size such as "5GB"; beyond that there are several,
+            with an index, as on the Hugging Face hub.
 
     Raises:
         FormatError: the folder is taken, or something in the module or the recipe cannot be stored; nothing is left.
     """
     folder = Path(folder)
+    bytes_of(shard_size)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FormatError(f"{folder} exists already and would be overwritten; give another folder, or remove it first")
     with naming(type(module).__name__):
@@ -71,7 +79,7 @@ def save(
         partial.mkdir(parents=True)
         for name, text in files.items():
             (partial / name).write_text(text, encoding="utf-8")
-        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        write(tensors, partial, shard_size)
         if folder.exists():
             folder.rmdir()  # is empty
         partial.rename(folder)
@@ -89,18 +97,14 @@ def load(folder: str | Path) -> fx.GraphModule:
         FormatError: a file is missing, damaged or foreign, or names something that is not on the allow-list.
     """
     folder = Path(folder)
-    for name in (GRAPH, TENSORS):
-        if not (folder / name).is_file():
-            raise FormatError(f"{folder} has no {name}; give a folder that fxmerge saved")
+    if not (folder / GRAPH).is_file():
+        raise FormatError(f"{folder} has no {GRAPH}; give a folder that fxmerge saved")
     try:
         document = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{folder / GRAPH} is not JSON ({error}); save the module again") from None
-    try:
-        # Clones, because what safetensors gives is mapped to the file and would change with it.
-        tensors = {name: tensor.clone() for name, tensor in load_file(folder / TENSORS).items()}
-    except (SafetensorError, ValueError, OSError) as error:
-        raise FormatError(f"{folder / TENSORS} is not a safetensors file ({error}); save the module again") from None
+    # Clones, because what safetensors gives is mapped to the file and would change with it.
+    tensors = {name: tensor.clone() for name, tensor in Shards(folder).items()}
     with naming(str(folder)):
         return rebuild(document, tensors)
 

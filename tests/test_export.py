@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from torchvision import models, ops
 
 from fxmerge import document as documents
-from fxmerge import export, vocabulary
+from fxmerge import export, shards, vocabulary
 from fxmerge.errors import FormatError, FxMergeError
 from fxmerge.export import export_onnx, load, save
 
@@ -417,7 +417,7 @@ def test_nothing_is_left_after_a_failure(tmp_path, monkeypatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(export, "save_file", fail)
+    monkeypatch.setattr(shards, "save_file", fail)
     with pytest.raises(FormatError, match=r"could not be written.*no space"):
         save(small(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ FILES = {
 # order is: every file, then ``__init__``. A new module gets its place here.
 ORDER = """
     errors atoms ir linalg running
-    symbolic batch recorder record guess trace vocabulary document export barrier
+    symbolic batch recorder record guess trace vocabulary shards document export barrier
     labels rules interpret classes
     alike units coupling layout symmetry stats regression interfaces matching descent literals rewrite widths affinity
     cells budget matchers data correspond ensemble repair depth recipe report plan pipeline api __init__
