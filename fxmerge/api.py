@@ -1,5 +1,6 @@
 """The public names: re-exports, nothing else."""
 
+from fxmerge.alignment import load_alignment
 from fxmerge.barrier import Barrier, evaluate, evaluate_barrier
 from fxmerge.classes import infer_classes
 from fxmerge.depth import deepen
@@ -39,6 +40,7 @@ __all__ = [
     "find_stages",
     "infer_classes",
     "load",
+    "load_alignment",
     "merge",
     "permute",
     "rule",

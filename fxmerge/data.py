@@ -42,8 +42,8 @@ def feeder(
     return feed
 
 
-def try_batch(batches: Iterable[Any], feed: Callable[[Any], Any], traced: Sequence[Traced]) -> None:
-    """The first batch must run through every parent, before anything long starts."""
+def try_batch(batches: Iterable[Any], feed: Callable[[Any], Any], traced: Sequence[Traced]) -> Any:
+    """The first batch must run through every parent, before anything long starts: (args, kwargs), what they are fed."""
     first = next(iter(batches), None)
     if first is None:
         raise InputError("the data is empty: no batch came out of it. Pass a loader with at least one batch")
@@ -52,3 +52,4 @@ def try_batch(batches: Iterable[Any], feed: Callable[[Any], Any], traced: Sequen
         for t in traced:
             with evaluating(t.graph_module):
                 call(t.graph_module, args, kwargs)
+    return args, kwargs

@@ -64,7 +64,7 @@ def encode(value: Any) -> Any:
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if isinstance(value, nn.Module):
-        return {"module": _describe_module(value, "", set(), inside=True)}
+        return {"module": describe_module(value, "", set(), inside=True)}
     for tag, (kind, simplify, _) in _TAGS.items():
         if type(value) is kind or (kind is dict and isinstance(value, dict)):
             return {tag: encode(simplify(value))}
@@ -124,7 +124,7 @@ def describe(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]
         "version": VERSION,
         "torch": torch.__version__,
         "class": type(module).__name__,
-        "modules": _describe_module(module, "", called),
+        "modules": describe_module(module, "", called),
         "tensors": tensors,
         "nodes": [_describe_node(node) for node in module.graph.nodes],
     }
@@ -144,7 +144,7 @@ def _describe_node(node: fx.Node) -> dict[str, Any]:
     return {key: value for key, value in record.items() if value is not None}
 
 
-def _describe_module(module: nn.Module, path: str, called: set[Any], inside: bool = False) -> dict[str, Any]:
+def describe_module(module: nn.Module, path: str, called: set[Any], inside: bool = False) -> dict[str, Any]:
     """``module`` with all below it; one that the graph does not call may be of any class, and keeps its keys only."""
     inside = inside or path in called
     name = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -156,7 +156,7 @@ def _describe_module(module: nn.Module, path: str, called: set[Any], inside: boo
         if inside:
             raise
     children = {
-        key: None if child is None else _describe_module(child, f"{path}.{key}".lstrip("."), called, inside)
+        key: None if child is None else describe_module(child, f"{path}.{key}".lstrip("."), called, inside)
         for key, child in module._modules.items()
     }
     return spec | {"children": children}
@@ -172,7 +172,7 @@ def _describe_constructor(module: nn.Module, name: str) -> dict[str, Any]:
     named = ([p for p in s.parameters.values() if not p.kind.name.startswith("VAR")][1:] for s in signatures)
     given = ((p.name, _argument(module, p)) for p in next(filter(None, named), []))
     arguments = {key: encode(value) for key, value in given if value is not _UNSAID}
-    bare = _construct({"class": name, "args": arguments})
+    bare = construct({"class": name, "args": arguments})
     made, held = (
         {k: [*t.shape] for k, t in {**m._parameters, **m._buffers}.items() if t is not None} for m in (bare, module)
     )
@@ -248,13 +248,13 @@ def rebuild(document: Any, stored: Mapping[str, Tensor]) -> fx.GraphModule:
             found = f"{document['format']!r} version {document['version']!r}"
             raise FormatError(f"the format is {found}, and this fxmerge reads 'fxmerge' version {VERSION}")
         root = fx.GraphModule(nn.Module(), fx.Graph(), _name(document["class"]))
-        _fill(root, document["modules"])
+        fill(root, document["modules"])
         _install(root, document["tensors"], stored)
         root.graph = _rebuild_graph(document["nodes"], root)
     return root
 
 
-def _construct(spec: Mapping[str, Any]) -> nn.Module:
+def construct(spec: Mapping[str, Any]) -> nn.Module:
     """A module of the class in ``spec`` on the meta device, made by its constructor alone."""
     arguments = {_name(key): decode(value) for key, value in spec.get("args", {}).items()}
     with torch.device("meta"), warnings.catch_warnings():
@@ -266,12 +266,12 @@ def _construct(spec: Mapping[str, Any]) -> nn.Module:
 
 
 def _build(spec: Mapping[str, Any]) -> nn.Module:
-    module = _construct(spec)
-    _fill(module, spec)
+    module = construct(spec)
+    fill(module, spec)
     return module
 
 
-def _fill(module: nn.Module, spec: Mapping[str, Any]) -> None:
+def fill(module: nn.Module, spec: Mapping[str, Any]) -> None:
     """Give ``module`` the plain attributes and the children in ``spec``."""
     for key, value in spec.get("attributes", {}).items():
         if key.startswith("_") or key not in vars(module):

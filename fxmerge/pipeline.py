@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from fxmerge import export
+from fxmerge import exchange, export
 from fxmerge.coupling import fuse
 from fxmerge.data import feeder, reusable
 from fxmerge.ensemble import disagreement
@@ -21,6 +21,8 @@ from fxmerge.interfaces import AbstractDepthAligner, AbstractMatcher, AbstractRe
 from fxmerge.ir import Alignment
 from fxmerge.matchers import ActivationMatching, CCAMerge, OTFusion, WeightMatching, ZipIt
 from fxmerge.plan import Clock, Depth, Heads, InputFn, Plan, Target, Weights, make_plan
+from fxmerge.provenance import provenance
+from fxmerge.recipe import OPTIONS
 from fxmerge.repair import Rescale, ResetBatchNorm
 from fxmerge.repair.batchnorm import batchnorms
 from fxmerge.report import Report
@@ -39,28 +41,38 @@ class MergeResult:
         module: the fused network: runs, trains, prints (``module.print_readable()``).
         alignment: the couplings that made it.
         report: what was done and how well it went; ``print`` it.
+        recipe: versions, parents, every option and the data: what it takes to merge again, as JSON can hold it.
     """
 
     module: fx.GraphModule
     alignment: Alignment
     report: Report
+    recipe: Mapping[str, Any]
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes model.safetensors, graph.json and recipe.json into a new folder; ``fxmerge.load`` reads it back."""
-        recipe = {
-            "method": self.alignment.method,
-            "parents": list(self.report.parents),
-            "weights": list(self.report.weights),
-            "repair": self.report.repair,
-            "quality": {self.report.classes[k].name: q for k, q in self.alignment.quality.items()},
-            "notes": list(self.report.notes),
-        }
-        return export.save(self.module, folder, recipe=recipe)
+    def save(self, folder: str | Path, *, alignment: bool = False, shard_size: int | str = export.SHARD_SIZE) -> Path:
+        """Writes everything into a new folder, which appears whole; ``fxmerge.load`` brings the module back.
 
-    def export_onnx(self, path: str | Path) -> None:
-        """Writes an ONNX file with a dynamic batch dimension."""
+        Args:
+            folder: gets model.safetensors, graph.json, recipe.json, module.py, README.md and manifest.json.
+            alignment: store the couplings too; ``fxmerge.load_alignment`` reads them.
+            shard_size: bytes of tensors in one file, or a size such as "5GB".
+        """
+        couplings = self.alignment if alignment else None
+        return export.save(self.module, folder, recipe=self.recipe, alignment=couplings, shard_size=shard_size)
+
+    def export_onnx(self, path: str | Path) -> Path:
+        """Writes an ONNX file with a dynamic batch dimension; needs the extra ``onnx``."""
         traced = self.report.classes.traced
-        export.export_onnx(self.module, path, traced.args, dict(traced.kwargs))
+        return exchange.export_onnx(self.module, path, traced.args, traced.kwargs)
+
+    def export_pt2(self, path: str | Path) -> Path:
+        """Writes a file for ``torch.export.load`` with a dynamic batch dimension."""
+        traced = self.report.classes.traced
+        return exchange.export_pt2(self.module, path, traced.args, traced.kwargs)
+
+    def export_state_dict(self, path: str | Path) -> Path:
+        """Writes the tensors alone, as safetensors, for ``load_state_dict`` of a parent's class."""
+        return exchange.export_state_dict(self.module, path)
 
 
 def merge(
@@ -121,6 +133,7 @@ def merge(
         options = dict(locals())
         del options["models"], options["matcher"]
         return _best(models, **options)
+    given = {key: value for key, value in locals().items() if key in OPTIONS}
     clock = Clock()
     plan = make_plan(
         models,
@@ -189,7 +202,10 @@ def merge(
         plan.depth,
         (*traced.notes, *plan.notes, *plan.alignment.notes),
     )
-    return MergeResult(module, plan.alignment, report)
+    with preserved(*models):
+        options = {**given, "matcher": plan.matcher, "repair": chosen}
+        recipe = provenance(models, options, input_fn, plan.data, report)
+    return MergeResult(module, plan.alignment, report, recipe)
 
 
 def align(
@@ -268,7 +284,8 @@ def _best(models: Sequence[nn.Module], data: Iterable[Any] | None, progress: boo
     tried = ", ".join(f"{n} {v:.4f}" for n, v in sorted(scores.items(), key=lambda x: x[1]))
     note = f"chosen by disagreement with the parents' mean output on {held} held-back batches: {tried}"
     notes = (*result.report.notes, note, *(f"does not fit: {f}" for f in failed))
-    return replace(result, report=replace(result.report, notes=notes))
+    said = {**result.recipe, "result": {**result.recipe["result"], "notes": list(notes)}}
+    return replace(result, report=replace(result.report, notes=notes), recipe=said)
 
 
 def _keep_variances(state: dict[str, Tensor], plan: Plan) -> None:

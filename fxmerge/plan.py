@@ -19,6 +19,7 @@ from fxmerge.coupling import side_by_side
 from fxmerge.data import feeder, reusable, try_batch
 from fxmerge.depth import CLAFusion, Grown, Link, balanced
 from fxmerge.errors import FxMergeWarning, InputError, VerifyError, one_of
+from fxmerge.fingerprint import fingerprint
 from fxmerge.interfaces import AbstractDepthAligner, AbstractMatcher, AbstractRepair, Problem, Sample
 from fxmerge.ir import OUTPUT, Alignment, AxisClasses
 from fxmerge.layout import resized
@@ -43,7 +44,7 @@ class Plan:
     """Parents that were found to fit, and how their neurons will be coupled.
 
     ``fused`` are the result's classes. The parents stand in another ``order`` than they were given in where one that is
-    not the first gave the result its layers.
+    not the first gave the result its layers. ``data`` tells the batches from others.
     """
 
     classes: tuple[AxisClasses, ...]
@@ -59,6 +60,8 @@ class Plan:
     notes: tuple[str, ...]
     order: tuple[int, ...]
     depth: tuple[Link, ...]
+    matcher: AbstractMatcher
+    data: Mapping[str, Any] | None
 
     def given(self, values: Sequence[T]) -> tuple[T, ...]:
         """One value per parent, in the order in which the parents were given."""
@@ -129,8 +132,7 @@ def make_plan(
             traced += [trace(m, dict(given) if isinstance(given, Mapping) else given) for m in parents[1:]]
         feed = feeder(traced[0], input_fn, work)
         batches = None if data is None else reusable(data)
-        if batches is not None:
-            try_batch(batches, feed, traced)
+        seen = None if batches is None else fingerprint(batches, try_batch(batches, feed, traced))
         with clock("classes"):
             classes = [infer_classes(t, strict=strict) for t in traced]
         notes = tuple(
@@ -209,6 +211,8 @@ def make_plan(
         notes,
         tuple(order),
         tuple(links),
+        matcher,
+        seen,
     )
 
 

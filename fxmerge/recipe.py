@@ -41,7 +41,7 @@ OPTIONS: dict[str, Any] = {
 }
 """The options of ``merge`` that a recipe holds, and their types."""
 
-FACTS = ("parents", "input_fn", "data", "versions", "result")
+FACTS = ("parents", "inputs", "input_fn", "data", "versions", "result")
 """What else is in a ``recipe.json``: what was merged, and what came of it."""
 
 _WORDS: dict[type, tuple[str, ...]] = {

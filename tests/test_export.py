@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import math
 import operator
@@ -27,9 +26,10 @@ from torch.utils import _pytree as pytree
 from torchvision import models, ops
 
 from fxmerge import document as documents
-from fxmerge import export, shards, vocabulary
-from fxmerge.errors import FormatError, FxMergeError
-from fxmerge.export import export_onnx, load, save
+from fxmerge import shards, vocabulary
+from fxmerge.errors import FormatError
+from fxmerge.export import load, save
+from fxmerge.folder import seal
 
 ANNOTATION = re.compile(r" : \S+ \[")
 
@@ -382,13 +382,14 @@ def test_files(tmp_path) -> None:
     recipe = {"matcher": "OTFusion", "weights": [0.5, 0.5]}
     folder = save(small(), str(tmp_path / "out"), recipe=recipe, report="<p>é</p>")
     assert folder == tmp_path / "out"
-    assert sorted(p.name for p in folder.iterdir()) == ["graph.json", "model.safetensors", "recipe.json", "report.html"]
+    files = ["README.md", "graph.json", "manifest.json", "model.safetensors", "module.py", "recipe.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [*files, "report.html"]
     assert json.loads((folder / "recipe.json").read_text()) == recipe
     assert (folder / "report.html").read_text(encoding="utf-8") == "<p>é</p>"
     assert list(tmp_path.iterdir()) == [folder]
     assert (folder.stat().st_mode & 0o777) == 0o777 & ~_umask()
     plain = save(small(), tmp_path / "deep" / "er")
-    assert sorted(p.name for p in plain.iterdir()) == ["graph.json", "model.safetensors", "recipe.json"]
+    assert sorted(p.name for p in plain.iterdir()) == files
     assert (plain / "graph.json").read_bytes() == (folder / "graph.json").read_bytes()
 
 
@@ -516,7 +517,13 @@ def folder(tmp_path) -> Path:
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     document = json.loads((folder / "graph.json").read_text())
     change(document)
-    (folder / "graph.json").write_text(json.dumps(document))
+    return rewritten(folder, "graph.json", json.dumps(document).encode())
+
+
+def rewritten(folder: Path, name: str, content: bytes) -> Path:
+    """Another content of a file, and a manifest to match: as someone would who means harm."""
+    (folder / name).write_bytes(content)
+    seal(folder, ["graph.json", "recipe.json", "model.safetensors"])
     return folder
 
 
@@ -627,23 +634,31 @@ def test_strings_stay_strings(tmp_path, monkeypatch) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def shortened(file: Path) -> tuple[str, bytes]:
+    return file.name, file.read_bytes()[:400]
+
+
 def retensor(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = {k: v.clone() for k, v in load_file(folder / "model.safetensors").items()}
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+    rewritten(folder, "model.safetensors", (folder / "model.safetensors").read_bytes())
 
 
 DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
-    (lambda f: shutil.rmtree(f), "has no graph.json; give a folder that fxmerge saved"),
+    (lambda f: shutil.rmtree(f), "has no manifest.json; give a folder that fxmerge saved"),
     (lambda f: (f / "graph.json").unlink(), "has no graph.json"),
     (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
-    (lambda f: (f / "graph.json").write_text('{"format": '), "graph.json is not JSON"),
-    (lambda f: (f / "graph.json").write_bytes(b"\xff\xfe\x00"), "graph.json is not JSON"),
-    (lambda f: (f / "graph.json").write_text("[" * 100_000), "graph.json is not JSON"),
-    (lambda f: (f / "graph.json").write_text("[]"), "graph.json: TypeError"),
-    (lambda f: (f / "graph.json").write_text("{}"), "graph.json: KeyError: 'format'"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"PK\x03\x04" * 50), "not a safetensors file"),
-    (lambda f: os.truncate(f / "model.safetensors", 400), "not a safetensors file"),
+    (lambda f: rewritten(f, "graph.json", b'{"format": '), "graph.json is not JSON"),
+    (lambda f: rewritten(f, "graph.json", b"\xff\xfe\x00"), "graph.json is not JSON"),
+    (lambda f: rewritten(f, "graph.json", b"[" * 100_000), "graph.json is not JSON"),
+    (lambda f: rewritten(f, "graph.json", b"[]"), "graph.json: TypeError"),
+    (lambda f: rewritten(f, "graph.json", b"{}"), "graph.json: KeyError: 'format'"),
+    (lambda f: rewritten(f, "model.safetensors", b"PK\x03\x04" * 50), "not a safetensors file"),
+    (
+        lambda f: rewritten(f, "model.safetensors", (f / "model.safetensors").read_bytes()[:400]),
+        "not a safetensors file",
+    ),
     (lambda f: edit(f, lambda d: d.update(version=2)), "'fxmerge' version 2, and this fxmerge reads .* version 1"),
     (lambda f: edit(f, lambda d: d.update(format="onnx")), "'onnx'"),
     (lambda f: edit(f, lambda d: d.pop("nodes")), "KeyError: 'nodes'"),
@@ -697,66 +712,3 @@ def test_a_tensor_that_neither_file_has(folder) -> None:
     retensor(folder, lambda t: t.pop("fc.bias"))
     with pytest.raises(FormatError, match=r"'fc\.bias' is missing"):
         load(folder)
-
-
-# ONNX --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("missing", [("onnx",), ("onnx", "onnxscript")])
-def test_onnx_names_the_extra(missing, tmp_path, monkeypatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name: None if name in missing else found(name.replace("onnxscript", "torch")),
-    )
-    with pytest.raises(FxMergeError, match=rf"needs {' and '.join(missing)}: pip install fxmerge\[onnx\]"):
-        export_onnx(small(), tmp_path / "a.onnx", (torch.randn(2, 3, 8, 8),))
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_onnx_inputs_have_a_dynamic_batch(batch) -> None:
-    module = small()
-    args, kwargs, shapes = export._with_dynamic_batch(module, (torch.randn(batch, 3, 8, 8),), {})
-    program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
-    x = torch.randn(5, 3, 8, 8)
-    torch.testing.assert_close(program.module()(x), module(x))
-
-
-def test_onnx_is_written_whole_and_leaves_the_mode(tmp_path, monkeypatch) -> None:
-    module = small().train()
-    module.bn.eval()
-    modes = [m.training for m in module.modules()]
-
-    def fake(net: nn.Module, args: Any, file: str, **options: Any) -> None:
-        assert not any(m.training for m in net.modules())
-        assert options["kwargs"] == {"x": args} or options["kwargs"] == {}
-        Path(file).write_text("model")
-        Path(file + ".data").write_text("weights")
-        if fails:
-            raise RuntimeError("unsupported operator")
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(torch.onnx, "export", fake)
-    fails = True
-    with pytest.raises(FxMergeError, match="cannot export Small: unsupported operator"):
-        export_onnx(module, tmp_path / "a.onnx", (torch.randn(2, 3, 8, 8),))
-    assert list(tmp_path.iterdir()) == []
-    fails = False
-    assert export_onnx(module, tmp_path / "a.onnx", (torch.randn(2, 3, 8, 8),)) == tmp_path / "a.onnx"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]
-    assert [m.training for m in module.modules()] == modes
-
-
-def test_onnx(tmp_path) -> None:
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    reference = pytest.importorskip("onnx.reference")
-    module = small()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        path = export_onnx(module, tmp_path / "a.onnx", (torch.randn(1, 3, 8, 8),))
-    model = onnx.load(path)
-    x = torch.randn(5, 3, 8, 8)
-    [output] = reference.ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(output), module(x), rtol=1e-4, atol=1e-4)

@@ -24,10 +24,11 @@ FILES = {
 # order is: every file, then ``__init__``. A new module gets its place here.
 ORDER = """
     errors atoms ir linalg running
-    symbolic batch recorder record guess trace vocabulary shards document export barrier
+    symbolic batch recorder record guess trace vocabulary shards document fingerprint folder alignment listing
+    card export exchange barrier
     labels rules interpret classes
     alike units coupling layout symmetry stats regression interfaces matching descent literals rewrite widths affinity
-    cells budget matchers data correspond ensemble repair depth recipe report plan pipeline api __init__
+    cells budget matchers data correspond ensemble repair depth recipe report plan provenance pipeline api __init__
     """.split()
 
 # Inside a package, who may import whom: a file of its own that all the others stand on.
