@@ -36,6 +36,12 @@ from fxmerge.shards import INDEX, SHARD_SIZE, TENSORS, Shards, bytes_of, write
 _RECIPE, _REPORT, _SOURCE, _CARD = "recipe.json", "report.html", "module.py", "README.md"
 
 
+def require_free(folder: Path) -> None:
+    """Raises FormatError unless ``folder`` can be written: it does not exist, or is empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FormatError(f"{folder} exists already and would be overwritten; give another folder, or remove it first")
+
+
 def save(
     module: fx.GraphModule,
     folder: str | Path,
@@ -44,6 +50,7 @@ def save(
     report: str | None = None,
     alignment: Alignment | None = None,
     shard_size: int | str = SHARD_SIZE,
+    extra: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``module`` to ``folder``, which appears complete or not at all, and return the folder.
 
@@ -60,14 +67,14 @@ def save(
         alignment: couplings, for ``alignment.safetensors``; ``load_alignment`` reads them.
         shard_size: bytes of tensors that one file may hold, or a size such as "5GB"; beyond that there are several,
             with an index, as on the Hugging Face hub.
+        extra: further files by name: their texts.
 
     Raises:
         FormatError: the folder is taken, or something in the module or the recipe cannot be stored; nothing is left.
     """
     folder = Path(folder)
     bytes_of(shard_size)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FormatError(f"{folder} exists already and would be overwritten; give another folder, or remove it first")
+    require_free(folder)
     with naming(type(module).__name__):
         document, tensors = describe(module)
     texts = {GRAPH: json.dumps(document, indent=1, allow_nan=False)}
@@ -81,6 +88,7 @@ def save(
     if list(again.state_dict()) != list(module.state_dict()):
         raise FormatError("state_dict() of the module is changed by hooks, which cannot be stored; remove them")
     texts[_SOURCE] = listing(again, document)
+    texts.update(extra or {})
 
     try:
         with partial_folder(folder) as partial:

@@ -49,16 +49,26 @@ class MergeResult:
     report: Report
     recipe: Mapping[str, Any]
 
-    def save(self, folder: str | Path, *, alignment: bool = False, shard_size: int | str = export.SHARD_SIZE) -> Path:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        alignment: bool = False,
+        shard_size: int | str = export.SHARD_SIZE,
+        extra: Mapping[str, str] | None = None,
+    ) -> Path:
         """Writes everything into a new folder, which appears whole; ``fxmerge.load`` brings the module back.
 
         Args:
             folder: gets model.safetensors, graph.json, recipe.json, module.py, README.md and manifest.json.
             alignment: store the couplings too; ``fxmerge.load_alignment`` reads them.
             shard_size: bytes of tensors in one file, or a size such as "5GB".
+            extra: further files by name: their texts.
         """
         couplings = self.alignment if alignment else None
-        return export.save(self.module, folder, recipe=self.recipe, alignment=couplings, shard_size=shard_size)
+        return export.save(
+            self.module, folder, recipe=self.recipe, alignment=couplings, shard_size=shard_size, extra=extra
+        )
 
     def export_onnx(self, path: str | Path) -> Path:
         """Writes an ONNX file with a dynamic batch dimension; needs the extra ``onnx``."""

@@ -28,7 +28,8 @@ ORDER = """
     card export exchange barrier
     labels rules interpret classes
     alike units coupling layout symmetry stats regression interfaces matching descent literals rewrite widths affinity
-    cells budget matchers data correspond ensemble repair depth recipe report plan provenance pipeline api __init__
+    cells budget matchers data correspond ensemble repair depth recipe report plan provenance pipeline
+    sources loaders commands cli api __init__
     """.split()
 
 # Inside a package, who may import whom: a file of its own that all the others stand on.
