@@ -182,3 +182,24 @@ def test_functional_and_module_groups_are_one() -> None:
     classes = fxmerge.infer_classes(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
     assert group_order(classes) == 2 * (24 * 24) ** 2  # two groups swap; inside each, 4 inputs and 4 outputs permute
     assert fxmerge.verify(model, classes).ok
+
+
+class Positions(nn.Module):
+    """Reads the rows of two tables that its input is long enough for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.rows = nn.Embedding(9, 4), nn.Parameter(torch.randn(9, 4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        return self.head(x + self.table(places) + self.rows[: x.shape[1]])
+
+
+def test_rows_that_only_longer_inputs_read_stay_in_place():
+    model = Positions()
+    classes = fxmerge.infer_classes(model, torch.randn(2, 3, 4))
+    unread = [c for c in classes if c.pinned == "not read on the example inputs"]
+    assert [(str(site), c.size) for c in unread for site in c.sites] == [("table.weight:0", 6), ("rows:0", 6)]
+    assert classes.free == 0, "the width is the input's, and rows are chosen by position"
