@@ -15,7 +15,7 @@ from torch import Tensor
 from fxmerge.coupling import Entry, Maps
 from fxmerge.ir import AxisClasses, Coupling
 from fxmerge.linalg import correlation
-from fxmerge.stats import Moments
+from fxmerge.moments import Moments
 
 
 @dataclass(frozen=True, eq=False)

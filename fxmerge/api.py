@@ -16,7 +16,8 @@ from fxmerge.errors import (
     VerifyError,
 )
 from fxmerge.export import load, save
-from fxmerge.pipeline import MergeResult, align, merge
+from fxmerge.moments import Statistics
+from fxmerge.pipeline import MergeResult, align, collect_statistics, merge
 from fxmerge.rules import rule
 from fxmerge.symmetry import permute, verify
 from fxmerge.units import find_stages
@@ -29,11 +30,13 @@ __all__ = [
     "FxMergeWarning",
     "InputError",
     "MergeResult",
+    "Statistics",
     "StructureError",
     "TraceError",
     "UnknownOpError",
     "VerifyError",
     "align",
+    "collect_statistics",
     "deepen",
     "evaluate",
     "evaluate_barrier",

@@ -6,16 +6,14 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxmerge.ir import Alignment, AxisClasses, Tap
+from fxmerge.moments import Statistics
 from fxmerge.units import Stage
-
-if TYPE_CHECKING:
-    from fxmerge.stats import Statistics
 
 
 @dataclass(frozen=True, eq=False)

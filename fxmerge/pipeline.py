@@ -20,7 +20,8 @@ from fxmerge.errors import FxMergeError, InputError, StructureError
 from fxmerge.interfaces import AbstractDepthAligner, AbstractMatcher, AbstractRepair, Context
 from fxmerge.ir import Alignment
 from fxmerge.matchers import ActivationMatching, CCAMerge, OTFusion, WeightMatching, ZipIt
-from fxmerge.plan import Clock, Depth, Heads, InputFn, Plan, Target, Weights, make_plan
+from fxmerge.moments import Statistics
+from fxmerge.plan import Clock, Depth, Heads, InputFn, Plan, Target, Weights, make_plan, prepare
 from fxmerge.provenance import provenance
 from fxmerge.recipe import OPTIONS
 from fxmerge.repair import Rescale, ResetBatchNorm
@@ -96,6 +97,7 @@ def merge(
     target: Target = None,
     repair: AbstractRepair | Literal["auto"] | None = "auto",
     input_fn: InputFn | None = None,
+    statistics: Statistics | str | Path | None = None,
     verify: bool = True,
     strict: bool = False,
     device: torch.device | str = "auto",
@@ -126,6 +128,9 @@ def merge(
         repair: what to put right after merging: an object, None, or "auto": with data, BatchNorm statistics are
             re-estimated, and networks without BatchNorm or LayerNorm are rescaled.
         input_fn: batch -> inputs (tensor, tuple or dict), where batches hold more than the inputs.
+        statistics: of the activations, instead of collecting them from ``data``: what ``collect_statistics`` returned;
+            or the path of a file that keeps them. Collecting writes that file, also where it is interrupted, and goes
+            on from there when called again with the same path and the same batches in the same order.
         verify: check the inferred symmetry and the rewriting on every parent in float64, a few forward passes.
         strict: raise where an operation has no rule, instead of pinning what it touches.
         device: "auto": the parents' device, else CUDA where there is one.
@@ -142,6 +147,8 @@ def merge(
     if matcher == "auto":
         options = dict(locals())
         del options["models"], options["matcher"]
+        if options.pop("statistics") is not None:
+            raise InputError("matcher='auto' collects statistics for each matcher it tries: leave statistics= out")
         return _best(models, **options)
     given = {key: value for key, value in locals().items() if key in OPTIONS}
     clock = Clock()
@@ -162,6 +169,7 @@ def merge(
         heads,
         depth,
         target,
+        statistics,
     )
     with preserved(*models), clock("fuse"):
         idle = plan.problem.idle
@@ -216,6 +224,64 @@ def merge(
         options = {**given, "matcher": plan.matcher, "repair": chosen}
         recipe = provenance(models, options, input_fn, plan.data, report)
     return MergeResult(module, plan.alignment, report, recipe)
+
+
+def collect_statistics(
+    *models: nn.Module,
+    data: Iterable[Any],
+    example_inputs: Any = None,
+    matcher: AbstractMatcher | None = None,
+    depth: Depth | AbstractDepthAligner = "grow",
+    target: Target = None,
+    input_fn: InputFn | None = None,
+    verify: bool = True,
+    strict: bool = False,
+    path: str | Path | None = None,
+    first_batch: int = 0,
+    device: torch.device | str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> Statistics:
+    """Streams batches through the networks and sums up their activations: the first half of ``merge``.
+
+    Statistics of different batches add, so that jobs can share the data out and one of them merges. Arguments are those
+    of ``merge``, and must be the same in all jobs and in the merge, but for these:
+
+    Args:
+        data: this job's batches.
+        matcher: only says where activations are looked at.
+        path: a file that keeps the statistics, also where collecting is interrupted: the ``statistics`` of ``merge``.
+        first_batch: how many batches other jobs see before these. Places in feature maps are drawn by a batch's number,
+            so the sum is then what one job would have found.
+
+    Example:
+        >>> half = fxmerge.collect_statistics(model_a, model_b, data=batches[:50], path="first.safetensors")
+        >>> rest = fxmerge.Statistics.load("second.safetensors")  # of batches[50:], first_batch=50
+        >>> fxmerge.merge(model_a, model_b, example_inputs=x, statistics=half + rest)
+    """
+    prepared = prepare(
+        models,
+        example_inputs,
+        data,
+        matcher,
+        None,
+        input_fn,
+        verify,
+        strict,
+        device,
+        seed,
+        progress,
+        Clock(),
+        None,
+        "average",
+        depth,
+        target,
+        path,
+        first_batch,
+    )
+    if prepared.problem.statistics is None:
+        raise InputError(f"{prepared.matcher} does not look at activations: there is nothing to collect for it")
+    return prepared.problem.statistics
 
 
 def align(

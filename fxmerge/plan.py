@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
 
 from fxmerge.classes import infer_classes
+from fxmerge.collect import collect, origin_of
 from fxmerge.correspond import alike_in_names, require_same_structure
 from fxmerge.coupling import side_by_side
 from fxmerge.data import feeder, reusable, try_batch
@@ -25,8 +27,9 @@ from fxmerge.ir import OUTPUT, Alignment, AxisClasses
 from fxmerge.layout import resized
 from fxmerge.matchers import ActivationMatching, OTFusion, WeightMatching
 from fxmerge.matching import families
+from fxmerge.moments import Statistics
 from fxmerge.running import device_of, preserved
-from fxmerge.stats import choose_taps, collect
+from fxmerge.stats import choose_taps
 from fxmerge.symmetry import Verification, full_state
 from fxmerge.symmetry import verify as verify_symmetry
 from fxmerge.trace import trace
@@ -40,18 +43,16 @@ Target = Literal["deeper", "shallower"] | nn.Module | None
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """Parents that were found to fit, and how their neurons will be coupled.
+class Prepared:
+    """Parents that were found to fit, and all that a matcher is told of them.
 
-    ``fused`` are the result's classes. The parents stand in another ``order`` than they were given in where one that is
-    not the first gave the result its layers. ``data`` tells the batches from others.
+    They stand in another ``order`` than they were given in where one that is not the first gave the result its layers.
+    ``data`` tells the batches from others.
     """
 
     classes: tuple[AxisClasses, ...]
-    fused: AxisClasses
     weights: tuple[float, ...]
     problem: Problem
-    alignment: Alignment
     verifications: tuple[Verification, ...]
     batches: Iterable[Any] | None
     feed: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -66,6 +67,14 @@ class Plan:
     def given(self, values: Sequence[T]) -> tuple[T, ...]:
         """One value per parent, in the order in which the parents were given."""
         return tuple(v for _, v in sorted(zip(self.order, values, strict=False), key=lambda pair: pair[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan(Prepared):
+    """How the parents' neurons will be coupled; ``fused`` are the result's classes."""
+
+    fused: AxisClasses
+    alignment: Alignment
 
 
 class Clock:
@@ -100,8 +109,62 @@ def make_plan(
     heads: Heads,
     depth: Depth | AbstractDepthAligner | None = "grow",
     target: Target = None,
+    statistics: Statistics | str | Path | None = None,
 ) -> Plan:
     """Everything up to and including the alignment; every complaint about the input comes from here, first."""
+    prepared = prepare(
+        models,
+        example_inputs,
+        data,
+        matcher,
+        weights,
+        input_fn,
+        verify,
+        strict,
+        device,
+        seed,
+        progress,
+        clock,
+        repair,
+        heads,
+        depth,
+        target,
+        statistics,
+    )
+    problem, classes = prepared.problem, prepared.classes
+    with preserved(*models), clock("match"), torch.no_grad():
+        alignment = prepared.matcher.match(problem)
+    kept = {k: side_by_side([c[k].size for c in classes]) for k in problem.apart}
+    alignment = replace(alignment, couplings=tuple(kept.get(k, c) for k, c in enumerate(alignment.couplings)))
+    _check_mass(alignment, classes[0])
+    fused = resized(classes[0], {k: c.size for k, c in enumerate(alignment.couplings)})
+    return Plan(**vars(prepared), fused=fused, alignment=alignment)
+
+
+def prepare(
+    models: Sequence[nn.Module],
+    example_inputs: Any,
+    data: Iterable[Any] | None,
+    matcher: AbstractMatcher | None,
+    weights: Weights | None,
+    input_fn: InputFn | None,
+    verify: bool,
+    strict: bool,
+    device: torch.device | str,
+    seed: int,
+    progress: bool,
+    clock: Clock,
+    repair: AbstractRepair | Literal["auto"] | None,
+    heads: Heads,
+    depth: Depth | AbstractDepthAligner | None,
+    target: Target,
+    statistics: Statistics | str | Path | None,
+    first_batch: int = 0,
+) -> Prepared:
+    """Everything up to the statistics."""
+    path = None if statistics is None or isinstance(statistics, Statistics) else Path(statistics)
+    known = _known(statistics, data)
+    informed = data is not None or known is not None
     named = dict(weights) if isinstance(weights, Mapping) else {"": weights}
     shares = {prefix: shares_of(models, w) for prefix, w in {"": None, **named}.items()}
     one_of("", heads=(heads, get_args(Heads)))
@@ -116,10 +179,12 @@ def make_plan(
         raise InputError(f"matcher={matcher!r}: give an object, such as WeightMatching() or ActivationMatching()")
     if not (repair is None or repair == "auto" or isinstance(repair, AbstractRepair)):
         raise InputError(f"repair={repair!r}: give 'auto', None or an object, such as ResetBatchNorm() or Rescale()")
-    if matcher is not None and matcher.needs_data and data is None:
+    if matcher is not None and matcher.needs_data and not informed:
         raise InputError(
             f"{matcher} looks at activations: pass data=loader (unlabelled batches), or use WeightMatching()"
         )
+    if matcher is not None and not matcher.needs_data and statistics is not None:
+        raise InputError(f"{matcher} does not look at activations: leave statistics= out, or use ActivationMatching()")
     if isinstance(repair, AbstractRepair) and data is None:
         raise InputError(f"{repair} needs data: pass data=loader, or repair=None")
     home = device_of(models[0])
@@ -161,8 +226,8 @@ def make_plan(
             wanted = {k: c.size for k, c in enumerate(template) if c.free and c.size != classes[0][k].size}
         same = all(a.size == b.size for c in classes for a, b in zip(c, classes[0], strict=False))
         if matcher is None and (wanted or not same):
-            matcher = OTFusion(cost="weights" if data is None else "both")
-        matcher = matcher or (WeightMatching() if data is None else ActivationMatching())
+            matcher = OTFusion(cost="both" if informed else "weights")
+        matcher = matcher or (ActivationMatching() if informed else WeightMatching())
         if wanted and not matcher.resizes:
             raise InputError(
                 f"the target has other widths than the networks, and {matcher} keeps theirs: use OTFusion()"
@@ -179,30 +244,27 @@ def make_plan(
         if verify:
             with clock("verify"):
                 classes, verifications = _verified(classes, seed)
-        statistics = None
-        if matcher.needs_data and batches is not None:
+        if matcher.needs_data:
             with clock("statistics"):
                 avoid = frozenset(n for g in grown for u in g.inserted if u.kind != "plain" for n in u.nodes)
                 taps = [choose_taps(c, matcher.at, avoid=avoid) for c in classes]
-                statistics = collect(classes, batches, feed, taps, seed=seed, progress=progress)
+                if known is not None:
+                    known.origin.require(origin_of(classes, taps))
+                    known = known.to(work)
+                elif batches is not None:
+                    known = collect(
+                        classes, batches, feed, taps, seed=seed, progress=progress, path=path, first=first_batch
+                    )
         traced = [c.traced for c in classes]
         states = tuple({k: v.detach() for k, v in full_state(t.graph_module).items()} for t in traced)
         for k, t in enumerate(traced):
             states[k].update({n: v.detach() for n, v in full_state(t.source).items()})
         idle, absent = tuple(g.idle for g in grown), tuple(g.absent for g in grown)
-        problem = Problem(tuple(classes), states, by_class, apart, statistics, seed, progress, idle, absent, wanted)
-        with clock("match"), torch.no_grad():
-            alignment = matcher.match(problem)
-        kept = {k: side_by_side([c[k].size for c in classes]) for k in apart}
-        alignment = replace(alignment, couplings=tuple(kept.get(k, c) for k, c in enumerate(alignment.couplings)))
-        _check_mass(alignment, classes[0])
-        fused = resized(classes[0], {k: c.size for k, c in enumerate(alignment.couplings)})
-    return Plan(
+        problem = Problem(tuple(classes), states, by_class, apart, known, seed, progress, idle, absent, wanted)
+    return Prepared(
         tuple(classes),
-        fused,
         shares[""],
         problem,
-        alignment,
         tuple(verifications),
         batches,
         feed,
@@ -214,6 +276,23 @@ def make_plan(
         matcher,
         seen,
     )
+
+
+def _known(statistics: Statistics | str | Path | None, data: Iterable[Any] | None) -> Statistics | None:
+    """Statistics that need no data any more."""
+    if statistics is None or isinstance(statistics, Statistics):
+        return statistics
+    if not isinstance(statistics, (str, Path)):
+        raise InputError(
+            f"statistics is a {type(statistics).__name__}: give what collect_statistics returned, or the path of a file"
+        )
+    found = Statistics.load(statistics) if Path(statistics).exists() else None
+    if found is not None and found.complete:
+        return found
+    if data is None:
+        state = "holds an unfinished collection" if found else "does not exist yet"
+        raise InputError(f"{statistics} {state}: pass data=loader, from which to gather what is missing")
+    return None
 
 
 def _shared(shares: tuple[float, ...], k: int, grown: Sequence[Grown], keep: bool | None) -> tuple[float, ...]:

@@ -25,6 +25,7 @@ import fxmerge
 from fxmerge.affinity import Affinity, from_moments, from_weights
 from fxmerge.budget import Costs, spread
 from fxmerge.cells import class_by_class, permutations
+from fxmerge.collect import collect
 from fxmerge.coupling import fuse
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractMatcher, Problem
@@ -34,8 +35,9 @@ from fxmerge.linalg import correlation, transport
 from fxmerge.matchers import ActivationMatching, CCAMerge, OTFusion, PLeaS, WeightMatching, ZipIt
 from fxmerge.matchers.pleas import _match, _permutations, _scores
 from fxmerge.matchers.zipit import zipped
+from fxmerge.moments import Moments, Statistics
 from fxmerge.rewrite import rewrite
-from fxmerge.stats import Moments, Statistics, choose_taps, collect
+from fxmerge.stats import choose_taps
 from fxmerge.symmetry import full_state, relative_error
 
 # name -> (matcher, whether a permuted twin is given back exactly). A new option of a method is one row here.

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxmerge
+from fxmerge.collect import collect
 from fxmerge.errors import InputError
 from fxmerge.interfaces import Context
 from fxmerge.matchers import ActivationMatching, Average, WeightMatching
 from fxmerge.repair import Rescale, ResetBatchNorm
-from fxmerge.stats import choose_taps, collect
+from fxmerge.stats import choose_taps
 from fxmerge.symmetry import relative_error
 
 GENERATOR = torch.Generator().manual_seed(5)

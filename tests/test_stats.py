@@ -14,9 +14,11 @@ from networks import NETWORKS, randomise
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.collect import collect
 from fxmerge.errors import InputError
 from fxmerge.ir import AxisClasses, Tap
-from fxmerge.stats import Statistics, choose_taps, collect, listen, rows
+from fxmerge.moments import Statistics
+from fxmerge.stats import choose_taps, listen, rows
 
 DATA = torch.randn(101, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2 + 1
 

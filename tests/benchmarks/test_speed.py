@@ -11,8 +11,9 @@ import torch
 from torchvision.models import get_model
 
 import fxmerge
+from fxmerge.collect import collect
 from fxmerge.matchers import WeightMatching
-from fxmerge.stats import choose_taps, collect
+from fxmerge.stats import choose_taps
 from fxmerge.trace import trace
 
 torch.set_num_threads(os.cpu_count() or 1)  # the tests beside this folder run on one
