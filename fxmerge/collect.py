@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fxmerge import ranks
 from fxmerge.errors import InputError
 from fxmerge.ir import AxisClasses, Tap
 from fxmerge.moments import Moments, Origin, Statistics
+from fxmerge.ranks import draw, from_first, ordinal, place, total
 from fxmerge.running import evaluating, fitting
 from fxmerge.stats import Feed, listen, rows
 
@@ -69,7 +69,7 @@ def collect(
     if part is not None and part.exists():
         start = Statistics.load(part)
         start.origin.require(origin)
-        if part == path and ranks.place()[1] > 1:
+        if part == path and place()[1] > 1:
             raise InputError(f"{path} was begun by one process; let one process finish it, or remove it")
     run = _Run(parents, feed, taps, start, positions, seed, first)
     try:
@@ -91,7 +91,7 @@ def collect(
     if not all(bool(torch.isfinite(m.total).all()) for m in found.sums.values()):
         raise InputError("activations hold NaN or inf on this data; check the inputs' scale and the parents' weights")
     if path is not None and part is not None:
-        if not ranks.place()[0]:
+        if not place()[0]:
             found.save(path)
         if part != path:
             part.unlink(missing_ok=True)
@@ -120,7 +120,7 @@ def _digest(data: bytes) -> str:
 
 def _part(path: Path) -> Path:
     """The file of this process: its own sums until all processes' are joined."""
-    rank, world = ranks.place()
+    rank, world = place()
     return path if world == 1 or path.exists() else path.with_name(f"{path.name}.{rank}of{world}")
 
 
@@ -185,12 +185,12 @@ class _Run:
             args, kwargs = self._feed(batch)
             heard = [listen(g, n, args, kwargs) for g, n in zip(self.graphs, self._nodes, strict=True)]
         size = _batch_size(args, kwargs)
-        draw = ranks.draw(self._seed, self._first + ranks.ordinal(number))
+        chosen_by = draw(self._seed, self._first + ordinal(number))
         for (k, t), known in self.sums.items():
             seen = [h[chosen[k][t].node] for h, chosen in zip(heard, self._taps, strict=True)]
-            total = seen[0].numel() // seen[0].shape[self._taps[0][k][t].axis]
+            every = seen[0].numel() // seen[0].shape[self._taps[0][k][t].axis]
             most = size * min(self._positions, max(8, _ROW_BUDGET // sum(known.widths)))
-            keep = torch.randint(total, (most,), generator=draw).to(seen[0].device) if total > most else None
+            keep = torch.randint(every, (most,), generator=chosen_by).to(seen[0].device) if every > most else None
             if (k, t) in self._masked:
                 continue
             parts = [rows(v, chosen[k][t], keep) for v, chosen in zip(seen, self._taps, strict=True)]
@@ -266,11 +266,11 @@ class _Sum:
 def _joined(run: _Run) -> Statistics:
     """The sums of all processes: around the first one's shifts, then in one all_reduce."""
     mine = run.found()
-    if ranks.place()[1] == 1:
+    if place()[1] == 1:
         return mine
     device, wide = run.device, next((m.total.dtype for m in mine.sums.values()), torch.float64)
     blank = {at: torch.zeros(sum(s.widths), dtype=wide, device=device) for at, s in run.sums.items()}
-    shifts = ranks.first([mine.sums[at].shift if at in mine.sums else zero for at, zero in blank.items()])
+    shifts = from_first([mine.sums[at].shift if at in mine.sums else zero for at, zero in blank.items()])
     parts: list[Tensor] = []
     numbers: list[float] = [mine.samples, mine.batches]
     for (at, s), shift in zip(run.sums.items(), shifts, strict=True):
@@ -278,10 +278,10 @@ def _joined(run: _Run) -> Statistics:
         m = m + mine.sums[at] if at in mine.sums else m
         parts += [m.total, m.gram]
         numbers += [m.count, at in mine.sums]
-    *parts, counted = ranks.total([*parts, torch.tensor(numbers, dtype=wide, device=device)])
+    *parts, counted = total([*parts, torch.tensor(numbers, dtype=wide, device=device)])
     samples, batches, *rest = (round(x) for x in counted.tolist())
     sums = {}
     for i, ((at, s), shift) in enumerate(zip(run.sums.items(), shifts, strict=True)):
-        if rest[2 * i + 1] == ranks.place()[1]:  # masked nowhere
+        if rest[2 * i + 1] == place()[1]:  # masked nowhere
             sums[at] = Moments(rest[2 * i], shift, parts[2 * i], parts[2 * i + 1], s.widths)
     return Statistics(sums, samples, batches, run.origin)

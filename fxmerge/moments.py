@@ -160,7 +160,8 @@ class Statistics:
         except (SafetensorError, OSError) as error:
             raise FormatError(f"{path} could not be written: {told(error)}") from error
         finally:
-            partial.unlink(missing_ok=True)
+            if partial.exists():
+                partial.unlink()
 
     @staticmethod
     def load(path: str | Path) -> Statistics:

@@ -162,8 +162,8 @@ def prepare(
     first_batch: int = 0,
 ) -> Prepared:
     """Everything up to the statistics."""
-    path = None if statistics is None or isinstance(statistics, Statistics) else Path(statistics)
     known = _known(statistics, data)
+    path = Path(statistics) if isinstance(statistics, (str, Path)) else None
     informed = data is not None or known is not None
     named = dict(weights) if isinstance(weights, Mapping) else {"": weights}
     shares = {prefix: shares_of(models, w) for prefix, w in {"": None, **named}.items()}

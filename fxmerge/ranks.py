@@ -43,7 +43,7 @@ def total(tensors: Sequence[Tensor]) -> list[Tensor]:
     return _together(tensors, dist.all_reduce)
 
 
-def first(tensors: Sequence[Tensor]) -> list[Tensor]:
+def from_first(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Every tensor as the first process has it: one broadcast for each dtype."""
     return _together(tensors, lambda flat: dist.broadcast(flat, 0))
 
