@@ -20,6 +20,7 @@ from fxmerge.interfaces import Problem
 from fxmerge.ir import Alignment, AxisClasses, Coupling
 from fxmerge.linalg import assignment
 from fxmerge.matching import families, match_family
+from fxmerge.ranks import spread
 
 Solve = Callable[[Affinity, Sequence[float], int], Coupling]
 """The neurons of one cell over all parents, the parents' shares, and how many fused neurons there shall be."""
@@ -60,6 +61,11 @@ def class_by_class(
     settled = {k: _kept(problem, k) for k, c in enumerate(first) if not c.free}
     hidden = {k for family in groups for k in family if first[k].sites and (k not in shown or by == "both")}
     rounds = sweeps if hidden else 1
+    widths = {**problem.widths, **(widths or {})}
+    # what activations alone decide can be solved at once, by whichever process
+    open_ = [f for f in groups if not hidden & set(f) and any(k in heard for k in f)]
+    solved = spread(lambda f: _of_present(problem, f, heard, solve, widths), open_, lambda f: _cost(first, f))
+    ready = dict(zip(open_, solved, strict=True))
     with tqdm(total=rounds * len(groups), desc=method, disable=not problem.progress, leave=False) as bar:
         for _ in range(rounds):
             waiting = list(groups)
@@ -72,7 +78,8 @@ def class_by_class(
                         if found is not None:
                             seen[k] = heard[k].joined(found) if k in heard else found
                     if len(present[family[0]]) == 1 or any(k in seen for k in family):
-                        settled |= _of_present(problem, family, seen, solve, {**problem.widths, **(widths or {})})
+                        known = ready.get(family)
+                        settled |= known or _of_present(problem, family, seen, solve, widths)
                         bar.update()
                     else:
                         stuck.append(family)
@@ -89,6 +96,11 @@ def class_by_class(
     notes = (f"matched on weights, since no activation shows them: {names}",) if names and shown else ()
     couplings = tuple(settled[k] for k in range(len(first)))
     return Alignment(couplings, method, quality, notes), shared
+
+
+def _cost(classes: AxisClasses, family: Sequence[int]) -> float:
+    """Of solving a family, in proportion."""
+    return float(sum(classes[k].size ** 3 for k in family))
 
 
 def _of_present(
@@ -131,7 +143,8 @@ def permutations(affinity: Affinity) -> list[Tensor]:
     for _ in range(20 if count > 2 else 0):
         before = list(found)
         for b in range(1, count):
-            found[b] = assignment(sum(alike[a, b][found[a]] for a in range(count) if a != b))  # type: ignore[arg-type]
+            others = [alike[a, b].index_select(0, found[a].to(alike[a, b].device)) for a in range(count) if a != b]
+            found[b] = assignment(torch.stack(others).sum(0))
         if all(torch.equal(p, q) for p, q in zip(before, found, strict=True)):
             break
     return found

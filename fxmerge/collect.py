@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fxmerge.errors import InputError
 from fxmerge.ir import AxisClasses, Tap
 from fxmerge.moments import Moments, Origin, Statistics
-from fxmerge.ranks import draw, from_first, ordinal, place, total
+from fxmerge.ranks import draw, from_first, ordinal, place, summed
 from fxmerge.running import evaluating, fitting
 from fxmerge.stats import Feed, listen, rows
 
@@ -190,7 +190,7 @@ class _Run:
             seen = [h[chosen[k][t].node] for h, chosen in zip(heard, self._taps, strict=True)]
             every = seen[0].numel() // seen[0].shape[self._taps[0][k][t].axis]
             most = size * min(self._positions, max(8, _ROW_BUDGET // sum(known.widths)))
-            keep = torch.randint(every, (most,), generator=chosen_by).to(seen[0].device) if every > most else None
+            keep = torch.randint(every, (most,), generator=chosen_by) if every > most else None
             if (k, t) in self._masked:
                 continue
             parts = [rows(v, chosen[k][t], keep) for v, chosen in zip(seen, self._taps, strict=True)]
@@ -278,7 +278,7 @@ def _joined(run: _Run) -> Statistics:
         m = m + mine.sums[at] if at in mine.sums else m
         parts += [m.total, m.gram]
         numbers += [m.count, at in mine.sums]
-    *parts, counted = total([*parts, torch.tensor(numbers, dtype=wide, device=device)])
+    *parts, counted = summed([*parts, torch.tensor(numbers, dtype=wide, device=device)])
     samples, batches, *rest = (round(x) for x in counted.tolist())
     sums = {}
     for i, ((at, s), shift) in enumerate(zip(run.sums.items(), shifts, strict=True)):

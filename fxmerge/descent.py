@@ -128,9 +128,9 @@ class Descent:
                 if all(torch.equal(new[k], torch.arange(len(new[k]))) for k in family):
                     continue
                 if f in self.linear:  # the score says it all
-                    here = torch.arange(len(new[family[0]]))
                     score = scores[family[0]]
-                    old, gained = float(score.diagonal().sum()), float(score[here, new[family[0]]].sum())
+                    chosen = score.gather(1, new[family[0]].to(score.device)[:, None])
+                    old, gained = float(score.diagonal().sum()), float(chosen.sum())
                     if gained <= old + 1e-6 * abs(old):  # rounding
                         continue
                     self.place(f, new)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import InputError
+from fxmerge.ranks import summed_numbers
 from fxmerge.running import evaluating
 from fxmerge.stats import Feed
 
@@ -69,6 +70,7 @@ def disagreement(
                 product += float((x * y).sum())
                 target_square += float((y * y).sum())
                 spread += float((y - y.mean(0)).square().sum())
+    square, product, target_square, spread = summed_numbers([square, product, target_square, spread])
     return (target_square - product**2 / max(square, 1e-30)) / max(spread, 1e-30)
 
 

@@ -23,6 +23,7 @@ from fxmerge.matchers import ActivationMatching, CCAMerge, OTFusion, WeightMatch
 from fxmerge.moments import Statistics
 from fxmerge.plan import Clock, Depth, Heads, InputFn, Plan, Target, Weights, make_plan, prepare
 from fxmerge.provenance import provenance
+from fxmerge.ranks import from_first, ordinal, summed_numbers
 from fxmerge.recipe import OPTIONS
 from fxmerge.repair import Rescale, ResetBatchNorm
 from fxmerge.repair.batchnorm import batchnorms
@@ -199,6 +200,11 @@ def merge(
             said = chosen.repair(module, context)
         elif repair == "auto":
             said = "none (pass data=loader to re-estimate statistics)" if plan.batches is None else "none needed"
+        with torch.no_grad():  # rounding may differ between machines
+            values = list(dict.fromkeys(full_state(module).values()))
+            for value, same in zip(values, from_first(values), strict=True):
+                if same is not value:
+                    value.copy_(same)
         for name, value in full_state(module).items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise InputError(f"'{name}' holds NaN or inf after the repair: check the data for such values")
@@ -389,11 +395,15 @@ def _variances(module: fx.GraphModule, plan: Plan, batches: int = 2) -> dict[str
     graphs = [module, *(c.traced.graph_module for c in plan.classes)]
     totals = [dict.fromkeys(nodes, 0.0) for _ in graphs]
     with evaluating(*graphs):
-        for _, batch in zip(range(batches), plan.batches, strict=False):
+        for number, batch in enumerate(plan.batches):
+            if ordinal(number) >= batches:
+                break
             args, kwargs = plan.feed(batch)
             for total, graph in zip(totals, graphs, strict=True):
                 for node, value in listen(graph, set(nodes), args, kwargs).items():
                     total[node] += float(value.float().var(0).mean()) if value.shape[0] > 1 else 0.0
+    joined = iter(summed_numbers([value for total in totals for value in total.values()]))
+    totals = [{n: next(joined) for n in total} for total in totals]
     share = plan.weights
     parents = {n: sum(w * t[n] for w, t in zip(share, totals[1:], strict=True)) for n in nodes}
     return {n: totals[0][n] / parents[n] for n in nodes if parents[n] > 0}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -38,9 +39,15 @@ def draw(seed: int, *what: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def total(tensors: Sequence[Tensor]) -> list[Tensor]:
+def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Every tensor summed over the processes: one all_reduce for each dtype."""
     return _together(tensors, dist.all_reduce)
+
+
+def averaged(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Every tensor's mean over the processes."""
+    world = place()[1]
+    return list(tensors) if world == 1 else [t / world for t in summed(tensors)]
 
 
 def from_first(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -48,31 +55,43 @@ def from_first(tensors: Sequence[Tensor]) -> list[Tensor]:
     return _together(tensors, lambda flat: dist.broadcast(flat, 0))
 
 
-def total_numbers(numbers: Sequence[float]) -> list[float]:
+def summed_numbers(numbers: Sequence[float]) -> list[float]:
     """Numbers summed over the processes."""
-    return total([torch.tensor(numbers, dtype=torch.float64)])[0].tolist() if place()[1] > 1 else list(numbers)
+    return summed([torch.tensor(numbers, dtype=torch.float64)])[0].tolist() if place()[1] > 1 else list(numbers)
 
 
-def spread(function: Callable[[T], R], items: Sequence[T], cost: Callable[[T], float]) -> list[R]:
-    """``[function(i) for i in items]``, each process doing its share; an error of one is raised by all."""
+def spread(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    cost: Callable[[T], float] = lambda item: 1.0,
+    threads: int = 1,
+) -> list[R]:
+    """``[function(i) for i in items]``, each process doing its share, in threads; an error of one is raised by all."""
     rank, world = place()
-    if world == 1:
-        return [function(i) for i in items]
-    order = sorted(range(len(items)), key=lambda i: -cost(items[i]))
-    mine: dict[int, R] = {}
+    order = sorted(range(len(items)), key=lambda i: -cost(items[i]))  # the longest first, dealt out in turn
+    mine = order[rank::world]
+    done: list[R] = []
     failed: Exception | None = None
     try:
-        for i in order[rank::world]:
-            mine[i] = function(items[i])
+        given = [items[i] for i in mine]
+        if min(threads, len(given)) <= 1:
+            done = [function(i) for i in given]
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                done = list(pool.map(function, given))
     except Exception as error:
+        if world == 1:
+            raise
         failed = error
-    shares: list[tuple[dict[int, R], Exception | None]] = [({}, None)] * world
-    dist.all_gather_object(shares, (mine, failed))
-    errors = [e for _, e in shares if e is not None]
+    shares = [(mine, done, failed)]
+    if world > 1:
+        shares *= world
+        dist.all_gather_object(shares, (mine, done, failed))
+    errors = [e for _, _, e in shares if e is not None]
     if errors:
         raise failed or errors[0]
-    done = {i: r for found, _ in shares for i, r in found.items()}
-    return [done[i] for i in range(len(items))]
+    found = {i: r for numbers, results, _ in shares for i, r in zip(numbers, results, strict=True)}
+    return [found[i] for i in range(len(items))]
 
 
 def _together(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> list[Tensor]:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxmerge.ranks import from_first, place, summed
+
 LAYERS = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 """Types of layers that can be fitted, with the spatial axes of their inputs."""
 
@@ -41,6 +43,23 @@ class Sums:
         new = (z.mT @ torch.cat([z, t], 2), t.square().sum(1), z.sum(1), t.sum(1))
         wide = torch.float64 if z.device.type != "mps" else torch.float32
         self._sums = [total + part.to(wide) for total, part in zip(self._sums, new, strict=True)]
+
+    def join(self) -> None:
+        """Adds what the other processes have, seen from the first one's rough means."""
+        self._flush()
+        if place()[1] == 1:
+            return
+        assert self._shift is not None
+        own, (products, square, z, t) = self._shift, self._sums
+        here, there = from_first(own)
+        self._shift = here, there
+        dz, dt = own[0].to(z) - here.to(z), own[1].to(t) - there.to(t)
+        n, both, d = self._count, torch.cat([z, t], 1), torch.cat([dz, dt], 1)
+        products = products + _outer(z, d) + _outer(dz, both) + n * _outer(dz, d)
+        square = square + 2 * dt * t + n * dt * dt
+        counted = torch.tensor([n], dtype=z.dtype, device=z.device)
+        *self._sums, counted = summed([products, square, z + n * dz, t + n * dt, counted])
+        self._count = round(float(counted))
 
     def moments(self, centred: bool) -> tuple[int, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Rows, E[zz'] [g, d, d], E[zt'] [g, d, o], E[tt] [g, o], E[z], E[t]; centred: less the means' products."""

@@ -111,7 +111,7 @@ def rows(value: Tensor, tap: Tap, positions: Tensor | None) -> Tensor:
     if positions is None:
         flat = flat.reshape(-1, flat.shape[-1])
     else:  # picked before anything is copied
-        flat = flat[torch.unravel_index(positions, flat.shape[:-1])]
+        flat = flat[tuple(i.to(value.device) for i in torch.unravel_index(positions, flat.shape[:-1]))]
     index = tap.index.to(value.device)
     n, m = index.shape
     if m == 1 and n == flat.shape[1] and bool((index[:, 0] == torch.arange(n, device=value.device)).all()):

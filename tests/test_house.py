@@ -36,7 +36,7 @@ ORDER = """
 BASES = {
     "rules": {"registry", "affine"},
     "matchers": set(),
-    "repair": {"batchnorm"},
+    "repair": {"batchnorm", "runs"},
     "depth": {"tensors", "identity", "grow", "shrink", "insert"},
 }
 

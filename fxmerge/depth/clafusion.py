@@ -19,6 +19,7 @@ from fxmerge.errors import InputError, one_of
 from fxmerge.interfaces import AbstractDepthAligner, Sample
 from fxmerge.ir import AxisClasses
 from fxmerge.linalg import transport
+from fxmerge.ranks import averaged
 from fxmerge.running import evaluating, fitting
 from fxmerge.stats import listen
 from fxmerge.symmetry import full_state
@@ -109,7 +110,7 @@ class CLAFusion(AbstractDepthAligner):
             n, m = len(a.units), len(b.units)
             rows = [[measure(products, i, n + j) for j in range(m)] for i in range(n)]
             found.append(torch.tensor(rows, dtype=torch.float64))
-        return found
+        return averaged(found)  # so that all processes choose alike
 
 
 def monotone(costs: Tensor, pinned: bool = True) -> list[int] | None:

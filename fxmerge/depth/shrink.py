@@ -25,6 +25,7 @@ from fxmerge.depth.tensors import body, run_shapes
 from fxmerge.errors import StructureError
 from fxmerge.interfaces import Sample
 from fxmerge.ir import AxisClasses
+from fxmerge.ranks import draw, ordinal, summed, summed_numbers
 from fxmerge.regression import LAYERS, Sums, patches, refit, set_statistics
 from fxmerge.rewrite import resize, rewrite
 from fxmerge.running import evaluating, fitting
@@ -126,7 +127,7 @@ def _by_signs(
         )
     total: dict[str, Any] = dict.fromkeys(names[:-1], 0.0)
     positive: dict[str, Any] = dict.fromkeys(names[:-1], 0.0)
-    rows = 0
+    rows = 0.0
     for number, batch in enumerate(sample.batches):
         with fitting(number), evaluating(original):
             args, kwargs = sample.feed(batch)
@@ -136,6 +137,8 @@ def _by_signs(
         for n, v in flat.items():
             total[n] = total[n] + v.double().sum(0)
             positive[n] = positive[n] + (v > 0).double().sum(0)
+    (rows,), joined = summed_numbers([rows]), summed([*total.values(), *positive.values()])
+    total, positive = dict(zip(total, joined, strict=False)), dict(zip(positive, joined[len(total) :], strict=True))
     weight, bias = (None if t is None else t.double() for t in (linear[0].weight, linear[0].bias))
     assert weight is not None
     for n, layer in zip(names[:-1], linear[1:], strict=True):
@@ -248,7 +251,6 @@ def _fit(
     plain = one.kind == "plain"
     goal = _goal(original, known, units, plain)
     inner = str(node.args[0])
-    draw = torch.Generator().manual_seed(0)
     sums = Sums()
     found: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
     for number, batch in enumerate(sample.batches):
@@ -259,11 +261,13 @@ def _fit(
         target = wanted - mine[base] if base else wanted
         axis = 1 if LAYERS[type(layer)] else target.dim() - 1
         target = target.movedim(axis, -1)
-        total = target.shape[:-1].numel()
+        every = target.shape[:-1].numel()
         most = _ROWS * target.shape[0]
-        picked = torch.randperm(total, generator=draw)[:most] if total > most else torch.arange(total)
-        places = torch.unravel_index(picked.to(target.device), target.shape[:-1])
+        order = draw(0, str(node.name), ordinal(number))
+        picked = torch.randperm(every, generator=order)[:most] if every > most else torch.arange(every)
+        places = tuple(i.to(target.device) for i in torch.unravel_index(picked, target.shape[:-1]))
         sums.add(patches(layer, mine[inner], places), target[places].unflatten(1, (getattr(layer, "groups", 1), -1)))
+    sums.join()
     refit(layer, follower, sums, ridge, found)
     for bn, moments in found.items():
         set_statistics({}, bn, *moments)

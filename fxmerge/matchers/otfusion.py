@@ -92,8 +92,9 @@ class OTFusion(AbstractMatcher):
         strongest = torch.cat(
             [g.diagonal().argsort(descending=True) + s for g, s in zip(own, affinity.starts, strict=True)]
         )
-        chosen = torch.arange(n) if n == widths[0] else strongest[torch.arange(n) % len(strongest)].sort().values
-        support[torch.arange(n), chosen.to(gram.device)] = 1
+        here = torch.arange(n, device=gram.device)
+        chosen = here if n == widths[0] else strongest[here % len(strongest)].sort().values
+        support[here, chosen] = 1
         fixed = self.barycenter == 0 and n == widths[0]
         for _ in range(max(1, self.barycenter)):
             size = (support @ gram * support).sum(1)
@@ -123,9 +124,8 @@ class OTFusion(AbstractMatcher):
             cost = cost.log1p()
         u, v = (self._masses(s) for s in (size_a, size_b))
         if self.reg == 0 and len(u) == len(v) and self.importance == "uniform":
-            plan = torch.zeros_like(cost)
-            plan[torch.arange(len(u)), assignment(-cost)] = 1 / len(u)
-            return plan
+            chosen = assignment(-cost).to(cost.device)
+            return torch.zeros_like(cost).scatter_(1, chosen[:, None], 1 / len(u))
         reg = self.reg * float(_SCALES[self.scale](cost) / cost.max().clamp_min(1e-30))
         return transport(u, v, cost, reg)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -16,6 +15,7 @@ from fxmerge.descent import Descent, arrange, dot, parameters
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractMatcher, Problem
 from fxmerge.ir import Alignment, AxisClasses
+from fxmerge.ranks import spread
 
 
 class WeightMatching(AbstractMatcher):
@@ -53,11 +53,10 @@ class WeightMatching(AbstractMatcher):
                 silent = problem.silent((0, b))
                 target, state = ({n: v for n, v in states[p].items() if n not in silent} for p in (0, b))
                 start = partial(self._start, problem, target, state)
-                with ThreadPoolExecutor(os.cpu_count()) as pool:  # assignments and products leave the interpreter free
-                    for value, permutation in pool.map(start, range(self.restarts)):
-                        if value > objective * (1 + 1e-9) or best is None:
-                            best, objective = permutation, value
-                        bar.update()
+                for value, permutation in spread(start, range(self.restarts), threads=os.cpu_count() or 1):
+                    if value > objective * (1 + 1e-9) or best is None:
+                        best, objective = permutation, value
+                    bar.update()
                 assert best is not None
                 found.append(best)
         if len(states) > 2 and not any(problem.idle):  # with units of their own, to the first alone

@@ -9,12 +9,23 @@ from tqdm import tqdm
 
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractRepair, Context
+from fxmerge.ranks import summed, summed_numbers
 from fxmerge.running import fitting
 
 
 def batchnorms(module: nn.Module) -> list[_BatchNorm]:
     """The normalisation layers that keep running statistics."""
     return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def _joined(layers: list[_BatchNorm], count: int) -> int:
+    """Averages over all processes' batches, from those over each one's; the number of batches."""
+    buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+    batches = round(summed_numbers([count])[0])
+    if batches > count:
+        for buffer, joined in zip(buffers, summed([b * (count / batches) for b in buffers]), strict=True):
+            buffer.copy_(joined)
+    return batches
 
 
 class ResetBatchNorm(AbstractRepair):
@@ -41,6 +52,7 @@ class ResetBatchNorm(AbstractRepair):
                         args, kwargs = context.feed(batch)
                         module(*args, **kwargs)
                     count += 1
+            count = _joined(layers, count)
         finally:
             for (layer, momentum, tracked), count_before in zip(before, counts, strict=True):
                 layer.momentum = momentum

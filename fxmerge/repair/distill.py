@@ -23,6 +23,7 @@ from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractRepair, Context
 from fxmerge.ir import Tap
 from fxmerge.linalg import Map
+from fxmerge.ranks import averaged, place, summed_numbers
 from fxmerge.repair.batchnorm import ResetBatchNorm, batchnorms
 from fxmerge.running import fitting, fresh, preserved
 from fxmerge.stats import listen
@@ -38,7 +39,8 @@ class Distill(AbstractRepair):
     """Trains the fused network, without labels, toward its parents' merged outputs and features (Adam, cosine decay).
 
     Some batches are held back; the weights that did best on them are kept, those at the start included. BatchNorm
-    normalises with each batch's statistics and follows them; everything else, dropout too, is in eval mode.
+    normalises with each batch's statistics and follows them; everything else, dropout too, is in eval mode. On several
+    processes every step takes the mean of their gradients, each on a batch of its own.
 
     Args:
         steps: batches to train on, one forward pass of every network and one backward pass each.
@@ -82,9 +84,10 @@ class Distill(AbstractRepair):
             if not loss.goals:
                 return f"{said}nothing to distil: no output is a floating tensor"
             start = best = loss.over(module, held)
+            each = max(1, round(summed_numbers([len(calls)])[0] / place()[1]))
             kept = [v.clone() for v in values]
             for step in self._steps(module, norms, loss, calls, context):
-                if step % len(calls) == 0 or step == self.steps:
+                if step % each == 0 or step == self.steps:
                     now = loss.over(module, held)
                     if now < best or not math.isfinite(best):
                         best, kept = now, [v.clone() for v in values]
@@ -111,6 +114,11 @@ class Distill(AbstractRepair):
                     value = loss(module, calls[number])
                 value.backward()  # type: ignore[no-untyped-call]
             _set_modes(norms, False)
+            moving = [p.grad for p in module.parameters() if p.grad is not None]
+            moving += [b for m in norms for b in (m.running_mean, m.running_var) if b is not None]
+            if place()[1] > 1:
+                for tensor, mean in zip(moving, averaged(moving), strict=True):
+                    tensor.copy_(mean)
             optimiser.step()
             optimiser.zero_grad()
             bar.set_postfix(loss=f"{float(value):.3g}", refresh=False)
@@ -223,4 +231,5 @@ class _Loss:
         for number, call in enumerate(calls):
             with fitting(number):
                 total += float(self(module, call))
-        return total / len(calls)
+        total, count = summed_numbers([total, len(calls)])
+        return total / count

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractRepair, Context
+from fxmerge.ranks import draw, ordinal, summed, summed_numbers
 from fxmerge.regression import LAYERS, Sums, patches, refit, set_statistics
-from fxmerge.running import bind, evaluating, fitting, fresh
+from fxmerge.repair.runs import Runs, fitting_inputs
+from fxmerge.running import evaluating
 
 _RELU = frozenset({nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"})
 _FEWEST = 4096  # rows for a layer, however few its unknowns
@@ -85,9 +87,9 @@ class LeastSquares(AbstractRepair):
         statistics: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
         refitted = 0
         with evaluating(*graphs):
-            inputs = self._inputs(module, context, len(graphs))
-            fused = _Runs(module, inputs)
-            source = _Targets(steps, [_Runs(g, inputs) for g in graphs[1:]], self.rows, context.seed)
+            inputs = fitting_inputs(module, context, len(graphs), self.memory)
+            fused = Runs(module, inputs)
+            source = _Targets(steps, [Runs(g, inputs) for g in graphs[1:]], self.rows, context.seed)
             settled: set[str] = set()
             seen: defaultdict[nn.Module, list[tuple[int, Tensor, Tensor]]] = defaultdict(list)
             for node in tqdm(module.graph.nodes, desc="least squares", disable=not context.progress, leave=False):
@@ -98,6 +100,7 @@ class LeastSquares(AbstractRepair):
                         x = fused.until(batch, node)[node.args[0]]
                         places, target = source.of(step, batch)
                         sums.add(patches(layer, x, places), target.unflatten(1, (step.groups, -1)))
+                    sums.join()
                     if refit(layer, _module(module, step.norm), sums, self.ridge, statistics):
                         refitted += 1
                         settled.add(step.out)
@@ -106,82 +109,17 @@ class LeastSquares(AbstractRepair):
                     set_statistics(statistics, layer, *_pooled(seen[layer]))
         for norm, moments in statistics.items():  # the buffers have just been restored
             set_statistics({}, norm, *moments)
-        return f"{refitted} layers refitted by least squares on {len(inputs)} batches"
-
-    def _inputs(self, module: fx.GraphModule, context: Context, networks: int) -> list[list[Any]]:
-        """What the placeholders get, per batch, for as many batches as fit into the memory."""
-        inputs: list[list[Any]] = []
-        for number, batch in enumerate(context.batches):
-            with fitting(number):
-                inputs.append(bind(module.graph, *context.feed(batch)))
-            if not number:
-                most = self.memory * 1e9 / (networks * max(_Runs(module, inputs).peak(), 1))
-            if len(inputs) + 1 > most:
-                break
-        if not inputs:
-            raise InputError("the data is empty: no batch to refit layers on")
-        return inputs
-
-
-class _Runs:
-    """One network on every batch; each run stands between two nodes, with only the values that are still needed."""
-
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[Sequence[Any]]) -> None:
-        self._interpreter = fx.Interpreter(module)
-        self._nodes = list(module.graph.nodes)
-        self._place = {n.name: i for i, n in enumerate(self._nodes)}
-        self._heads = module.graph.find_nodes(op="placeholder")
-        self._inputs = inputs
-        self._values: list[dict[fx.Node, Any]] = [{} for _ in inputs]
-        self._at = [0] * len(inputs)
-        self.heard: Callable[[int, str, Any], None] | None = None
-
-    @property
-    def batches(self) -> int:
-        return len(self._inputs)
-
-    def until(self, batch: int, node: fx.Node) -> dict[fx.Node, Any]:
-        """Runs up to just before the node; the values there."""
-        self._run(batch, self._place[node.name])
-        return self._values[batch]
-
-    def past(self, batch: int, name: str) -> None:
-        """Runs up to just behind the node."""
-        self._run(batch, self._place[name] + 1)
-
-    def peak(self) -> int:
-        """Runs the first batch to its end; the most bytes that values took on the way."""
-        most = 0
-        for i in range(len(self._nodes)):
-            self._run(0, i + 1)
-            held = [v.untyped_storage() for v in self._values[0].values() if isinstance(v, Tensor)]
-            most = max(most, sum({s.data_ptr(): s.nbytes() for s in held}.values()))
-        return most
-
-    def _run(self, batch: int, end: int) -> None:
-        values = self._interpreter.env = self._values[batch]
-        if not self._at[batch] < end:
-            return
-        if not self._at[batch]:
-            values.update(zip(self._heads, fresh(self._inputs[batch]), strict=True))
-        with fitting(batch):
-            for node in self._nodes[self._at[batch] : end]:
-                if node.op != "placeholder":
-                    values[node] = self._interpreter.run_node(node)
-                    if self.heard:
-                        self.heard(batch, node.name, values[node])
-                for used in self._interpreter.user_to_last_uses.get(node, ()):
-                    del values[used]
-        self._at[batch] = end
+        batches = round(summed_numbers([len(inputs)])[0])
+        return f"{refitted} layers refitted by least squares on {batches} batches"
 
 
 class _Targets:
     """The parents' outputs at sampled places, merged; picked while they run, before anything may overwrite them."""
 
-    def __init__(self, steps: dict[str, _Step], parents: Sequence[_Runs], rows: float, seed: int) -> None:
+    def __init__(self, steps: dict[str, _Step], parents: Sequence[Runs], rows: float, seed: int) -> None:
         self._steps = {name: s for s in steps.values() for name in (s.out, s.last)}
-        self._parents, self._rows = parents, rows
-        self._draw = torch.Generator().manual_seed(seed)
+        self._parents, self._rows, self._seed = parents, rows, seed
+        self._batches = summed_numbers([parents[0].batches])[0]
         self._places: dict[tuple[fx.Node, int], tuple[Tensor, ...]] = {}
         self._sums: dict[tuple[str, int], Tensor] = {}
         for p, runs in enumerate(parents):
@@ -204,10 +142,11 @@ class _Targets:
         value = value.movedim(step.axis, -1)
         places = self._places.get((step.node, batch))
         if places is None:
-            total, wanted = math.prod(value.shape[:-1]), self._rows * step.layer.weight[0].numel()
-            most = math.ceil(max(wanted, _FEWEST) / self._parents[p].batches)
-            chosen = torch.randperm(total, generator=self._draw)[:most] if total > most else torch.arange(total)
-            places = torch.unravel_index(chosen.to(value.device), value.shape[:-1])
+            every, wanted = math.prod(value.shape[:-1]), self._rows * step.layer.weight[0].numel()
+            most = math.ceil(max(wanted, _FEWEST) / self._batches)
+            order = draw(self._seed, step.node.name, ordinal(batch))
+            chosen = torch.randperm(every, generator=order)[:most] if every > most else torch.arange(every)
+            places = tuple(i.to(value.device) for i in torch.unravel_index(chosen, value.shape[:-1]))
             self._places[step.node, batch] = places
         rows = value[places] @ step.mixes[p].to(value).T
         known = self._sums.get((name, batch))
@@ -222,11 +161,11 @@ def _part(x: Tensor) -> tuple[int, Tensor, Tensor]:
 
 
 def _pooled(parts: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of all rows together."""
-    count = sum(n for n, _, _ in parts)
-    mean = torch.stack([n * m for n, m, _ in parts]).sum(0) / count
-    variance = torch.stack([n * (v + (m - mean).square()) for n, m, v in parts]).sum(0) / max(count - 1, 1)
-    return mean, variance
+    """Mean and unbiased variance of all rows together, whichever process has them."""
+    (count,) = summed_numbers([sum(n for n, _, _ in parts)])
+    mean = summed([torch.stack([n * m for n, m, _ in parts]).sum(0)])[0] / count
+    spread = torch.stack([n * (v + (m - mean).square()) for n, m, v in parts]).sum(0)
+    return mean, summed([spread])[0] / max(count - 1, 1)
 
 
 def _plan(module: fx.GraphModule, context: Context) -> dict[str, _Step]:

@@ -10,6 +10,7 @@ Layers without bias get the scale only, from root mean squares.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ from tqdm import tqdm
 from fxmerge.errors import InputError, one_of
 from fxmerge.interfaces import AbstractRepair, Context
 from fxmerge.ir import AxisClasses, Tap
-from fxmerge.running import bind, evaluating, fitting
+from fxmerge.ranks import from_first, place, summed, summed_numbers
+from fxmerge.repair.runs import Runs, fitting_inputs
+from fxmerge.running import evaluating, fitting
 from fxmerge.stats import listen
+
+Chosen = dict[str, tuple[str, int]]
+"""Node -> the module it calls, the axis of its neurons."""
 
 
 class _Sums:
@@ -38,6 +44,18 @@ class _Sums:
         self.count += len(x)
         self.total = self.total.to(x) + x.sum(0)
         self.square = self.square.to(x) + (x * x).sum(0)
+
+    def join(self) -> None:
+        """Adds what the other processes have, seen from the first one's rough mean."""
+        if place()[1] == 1:
+            return
+        assert self.shift is not None
+        (shift,) = from_first([self.shift])
+        d, n = self.shift - shift, self.count
+        counted = torch.tensor([n], dtype=d.dtype, device=d.device)
+        parts = self.total + n * d, self.square + 2 * d * self.total + n * d * d, counted
+        self.total, self.square, counted = summed(parts)
+        self.shift, self.count = shift, round(float(counted))
 
     @property
     def mean(self) -> Tensor:
@@ -78,38 +96,36 @@ def layers(classes: AxisClasses) -> dict[str, tuple[str, int]]:
 
 
 class Rescale(AbstractRepair):
-    """Gives each layer's outputs the parents' mean and standard deviation.
+    """Gives each layer's outputs the parents' mean and standard deviation, all layers before it being rescaled already.
 
     Args:
         toward: "mean", the weighted mean of the parents' statistics, or "first", the first parent's alone (better
             for couplings that are no permutations, where a mapped parent by itself computes something else).
+        memory: GB that activations waiting for their layer may take; batches beyond that are left out.
     """
 
-    def __init__(self, toward: str = "mean") -> None:
+    def __init__(self, toward: str = "mean", memory: float = 2.0) -> None:
         one_of("Rescale", toward=(toward, ("mean", "first")))
-        self.toward = toward
+        if not memory > 0:
+            raise InputError(f"Rescale(memory={memory}): must be positive")
+        self.toward, self.memory = toward, memory
 
     def repair(self, module: fx.GraphModule, context: Context) -> str:
         first = context.classes[0]
         chosen = layers(first)
         if not chosen:
             return "no layers to rescale"
-        targets = self._targets(chosen, context)
-        chosen = {n: c for n, c in chosen.items() if n in targets}
-        runner = _Normalised(module, chosen, targets)
-        count = 0
-        with evaluating(module):
-            for batch in tqdm(context.batches, desc="rescaling", disable=not context.progress, leave=False):
-                with fitting(count):
-                    args, kwargs = context.feed(batch)
-                    runner.run(*bind(module.graph, args, kwargs))
-                count += 1
-        if not count:
-            raise InputError("the data is empty: no batch to rescale layers on")
+        graphs = [module, *(c.traced.graph_module for c in context.classes)]
+        with evaluating(*graphs):
+            runs = Runs(module, fitting_inputs(module, context, 1, self.memory))
+            targets = self._targets(chosen, context, runs.batches)
+            chosen = {n: c for n, c in chosen.items() if n in targets}
+            bar = tqdm(chosen, desc="rescaling", disable=not context.progress, leave=False)
+            found = {node: _rescaled(runs, node, _Sums(module, chosen[node][0]), chosen, targets) for node in bar}
         with torch.no_grad():
             for node, (target, _) in chosen.items():
                 layer: Any = module.get_submodule(target)
-                scale, shift = runner.affine(node)
+                scale, shift = found[node]
                 axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
                 rows = scale.to(layer.weight)
                 if axis == 0:
@@ -120,23 +136,23 @@ class Rescale(AbstractRepair):
                 if layer.bias is not None:
                     layer.bias.copy_(scale.to(layer.bias) * layer.bias + shift.to(layer.bias))
         whom = "parents" if self.toward == "mean" else "first parent"
-        return f"{len(chosen)} layers rescaled toward the {whom} on {count} batches"
+        batches = round(summed_numbers([runs.batches])[0])
+        return f"{len(chosen)} layers rescaled toward the {whom} on {batches} batches"
 
-    def _targets(self, chosen: dict[str, tuple[str, int]], context: Context) -> dict[str, tuple[Tensor, Tensor]]:
+    def _targets(self, chosen: Chosen, context: Context, batches: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Per node mean and spread, the parents' merged as its neurons were."""
         parents = context.classes if self.toward == "mean" else context.classes[:1]
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for p, parent in enumerate(parents):
             sums = {node: _Sums(context.fused.traced.graph_module, t) for node, (t, _) in chosen.items()}
             graph = parent.traced.graph_module
-            with evaluating(graph):
-                for number, batch in enumerate(context.batches):
-                    with fitting(number):
-                        args, kwargs = context.feed(batch)
-                    for node, value in listen(graph, set(chosen), args, kwargs).items():
-                        sums[node].add(value, chosen[node][1])
-            if not all(s.count for s in sums.values()):
-                raise InputError("the data is empty: no batch to rescale layers on")
+            for number, batch in zip(range(batches), context.batches, strict=False):
+                with fitting(number):
+                    args, kwargs = context.feed(batch)
+                for node, value in listen(graph, set(chosen), args, kwargs).items():
+                    sums[node].add(value, chosen[node][1])
+            for s in sums.values():
+                s.join()
             for node, s in sums.items():
                 if self.toward == "first":
                     found[node] = s.mean, s.spread
@@ -150,32 +166,21 @@ class Rescale(AbstractRepair):
         return {n: (mean, spread.abs()) for n, (mean, spread) in found.items()}
 
 
-class _Normalised(fx.Interpreter):
-    """Runs the fused graph as if every chosen layer were already repaired, with each batch's own statistics."""
-
-    def __init__(
-        self, module: fx.GraphModule, chosen: dict[str, tuple[str, int]], targets: dict[str, tuple[Tensor, Tensor]]
-    ) -> None:
-        super().__init__(module)
-        self.chosen, self.targets = chosen, targets
-        self.sums = {node: _Sums(module, target) for node, (target, _) in chosen.items()}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.name not in self.chosen:
-            return value
-        axis = self.chosen[n.name][1]
-        self.sums[n.name].add(value, axis)
-        scale, shift = (
-            t.to(value).reshape([-1 if d == axis else 1 for d in range(value.dim())]) for t in self.affine(n.name)
-        )
-        return value * scale + shift
-
-    def affine(self, node: str) -> tuple[Tensor, Tensor]:
-        """Scale and shift from what was seen so far; neurons that never vary keep their scale."""
-        sums, (mean, spread) = self.sums[node], self.targets[node]
-        own = sums.spread
-        scale = torch.where(
-            own > 1e-6 * own.max().clamp_min(1e-30), spread.to(own) / own.clamp_min(1e-30), torch.ones_like(own)
-        )
-        return scale, mean.to(own) - scale * sums.mean if sums.central else torch.zeros_like(own)
+def _rescaled(
+    runs: Runs, node: str, sums: _Sums, chosen: Chosen, targets: Mapping[str, tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a layer, put on its outputs on all batches; neurons that never vary keep their scale."""
+    axis = chosen[node][1]
+    for batch in range(runs.batches):
+        sums.add(runs.past(batch, node), axis)
+    sums.join()
+    own, (mean, spread) = sums.spread, targets[node]
+    scale = torch.where(
+        own > 1e-6 * own.max().clamp_min(1e-30), spread.to(own) / own.clamp_min(1e-30), torch.ones_like(own)
+    )
+    shift = mean.to(own) - scale * sums.mean if sums.central else torch.zeros_like(own)
+    for batch in range(runs.batches):
+        value = runs.past(batch, node)
+        by, plus = (t.to(value).reshape([-1 if d == axis else 1 for d in range(value.dim())]) for t in (scale, shift))
+        runs.put(batch, node, value * by + plus)
+    return scale, shift
