@@ -87,9 +87,12 @@ def collect(
         raise
     if not run.samples:
         raise InputError("the data is empty: no batch came out of it. Pass a loader with at least one batch")
-    found = replace(_joined(run), complete=True)
-    if not all(bool(torch.isfinite(m.total).all()) for m in found.sums.values()):
+    found = _joined(run)
+    finite = {at: bool(torch.isfinite(m.total).all()) for at, m in found.sums.items()}
+    if not all(good for (k, t), good in finite.items() if taps[0][k][t].kind != "other"):
         raise InputError("activations hold NaN or inf on this data; check the inputs' scale and the parents' weights")
+    # others may: scores behind an attention mask
+    found = replace(found, sums={at: m for at, m in found.sums.items() if finite[at]}, complete=True)
     if path is not None and part is not None:
         if not place()[0]:
             found.save(path)
@@ -150,7 +153,6 @@ class _Run:
         self._nodes = [{t.node for ts in chosen.values() for t in ts} for chosen in taps]
         places = [(k, t) for k, ts in taps[0].items() for t in range(len(ts))]
         self._seen = start.batches, start.samples
-        self._masked = {at for at in places if start.batches and at not in start.sums}
         self.origin = start.origin
         self.device = _device(parents)
         self.sums: dict[At, _Sum] = {}
@@ -191,13 +193,7 @@ class _Run:
             every = seen[0].numel() // seen[0].shape[self._taps[0][k][t].axis]
             most = size * min(self._positions, max(8, _ROW_BUDGET // sum(known.widths)))
             keep = torch.randint(every, (most,), generator=chosen_by) if every > most else None
-            if (k, t) in self._masked:
-                continue
-            parts = [rows(v, chosen[k][t], keep) for v, chosen in zip(seen, self._taps, strict=True)]
-            if self._taps[0][k][t].kind == "other" and not all(bool(torch.isfinite(p).all()) for p in parts):
-                self._masked.add((k, t))  # scores behind an attention mask
-                continue
-            known.add(number, parts)
+            known.add(number, [rows(v, chosen[k][t], keep) for v, chosen in zip(seen, self._taps, strict=True)])
         self._seen = number + 1, self.samples + size
         for known in self.sums.values():
             if known.many:
@@ -205,7 +201,7 @@ class _Run:
 
     def found(self) -> Statistics:
         """Of all whole batches."""
-        sums = {at: s.moments(self.batches) for at, s in self.sums.items() if at not in self._masked}
+        sums = {at: s.moments(self.batches) for at, s in self.sums.items()}
         known = {at: m for at, m in sums.items() if m is not None}
         return Statistics(known, self.samples, self.batches, self.origin, False)
 
@@ -254,9 +250,9 @@ class _Sum:
         if new:
             x = torch.cat(new)
             wide = torch.float64 if x.device.type != "mps" else torch.float32
-            shift = x.mean(0) if known is None else known.shift.to(x)
-            x = x - shift
-            fresh = Moments(len(x), shift.to(wide), x.sum(0, dtype=wide), (x.T @ x).to(wide), self.widths)
+            shift = x.mean(0).to(wide) if known is None else known.shift
+            x = x - shift.to(x)
+            fresh = Moments(len(x), shift, x.sum(0, dtype=wide), (x.T @ x).to(wide), self.widths)
             known = fresh if known is None else known + fresh
             self._known = known, until
         self._waiting = [(number, x) for number, x in self._waiting if number >= until]
@@ -268,20 +264,11 @@ def _joined(run: _Run) -> Statistics:
     mine = run.found()
     if place()[1] == 1:
         return mine
-    device, wide = run.device, next((m.total.dtype for m in mine.sums.values()), torch.float64)
-    blank = {at: torch.zeros(sum(s.widths), dtype=wide, device=device) for at, s in run.sums.items()}
-    shifts = from_first([mine.sums[at].shift if at in mine.sums else zero for at, zero in blank.items()])
-    parts: list[Tensor] = []
-    numbers: list[float] = [mine.samples, mine.batches]
-    for (at, s), shift in zip(run.sums.items(), shifts, strict=True):
-        m = Moments.none(shift, s.widths)
-        m = m + mine.sums[at] if at in mine.sums else m
-        parts += [m.total, m.gram]
-        numbers += [m.count, at in mine.sums]
-    *parts, counted = summed([*parts, torch.tensor(numbers, dtype=wide, device=device)])
-    samples, batches, *rest = (round(x) for x in counted.tolist())
-    sums = {}
-    for i, ((at, s), shift) in enumerate(zip(run.sums.items(), shifts, strict=True)):
-        if rest[2 * i + 1] == place()[1]:  # masked nowhere
-            sums[at] = Moments(rest[2 * i], shift, parts[2 * i], parts[2 * i + 1], s.widths)
-    return Statistics(sums, samples, batches, run.origin)
+    shifts = from_first([m.shift for m in mine.sums.values()])
+    moved = [Moments.none(s, m.widths) + m for s, m in zip(shifts, mine.sums.values(), strict=True)]
+    numbers = [mine.samples, mine.batches, *(m.count for m in moved)]
+    counts = torch.tensor(numbers, dtype=shifts[0].dtype, device=run.device)
+    *parts, counts = summed([*(x for m in moved for x in (m.total, m.gram)), counts])
+    samples, batches, *counted = (round(x) for x in counts.tolist())
+    whole = zip(counted, shifts, parts[::2], parts[1::2], (m.widths for m in moved), strict=True)
+    return Statistics(dict(zip(mine.sums, (Moments(*m) for m in whole), strict=True)), samples, batches, run.origin)

@@ -36,7 +36,7 @@ class Moments:
     widths: tuple[int, ...]
 
     def __add__(self, other: Moments) -> Moments:
-        if torch.equal(self.shift, other.shift):  # batches of one stream
+        if self.shift is other.shift:  # batches of one stream
             gram = self.gram + other.gram
             return Moments(self.count + other.count, self.shift, self.total + other.total, gram, self.widths)
         d = other.shift - self.shift  # rows of ``other``, seen from this shift

@@ -205,8 +205,9 @@ def merge(
             for value, same in zip(values, from_first(values), strict=True):
                 if same is not value:
                     value.copy_(same)
-        for name, value in full_state(module).items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        finite = {n: v.isfinite().all() for n, v in full_state(module).items() if v.is_floating_point()}
+        for name, good in zip(finite, torch.stack(list(finite.values())).tolist() if finite else (), strict=True):
+            if not good:
                 raise InputError(f"'{name}' holds NaN or inf after the repair: check the data for such values")
         after = _variances(module, plan) if said != "none" else before
     variance = {n: (before[n], after[n]) for n in before}
@@ -393,7 +394,7 @@ def _variances(module: fx.GraphModule, plan: Plan, batches: int = 2) -> dict[str
         return {}
     nodes = list(dict.fromkeys(t.node for c in plan.classes[0] if c.free for t in c.taps if t.kind == "made"))
     graphs = [module, *(c.traced.graph_module for c in plan.classes)]
-    totals = [dict.fromkeys(nodes, 0.0) for _ in graphs]
+    totals: list[dict[str, Any]] = [dict.fromkeys(nodes, 0.0) for _ in graphs]
     with evaluating(*graphs):
         for number, batch in enumerate(plan.batches):
             if ordinal(number) >= batches:
@@ -401,8 +402,9 @@ def _variances(module: fx.GraphModule, plan: Plan, batches: int = 2) -> dict[str
             args, kwargs = plan.feed(batch)
             for total, graph in zip(totals, graphs, strict=True):
                 for node, value in listen(graph, set(nodes), args, kwargs).items():
-                    total[node] += float(value.float().var(0).mean()) if value.shape[0] > 1 else 0.0
-    joined = iter(summed_numbers([value for total in totals for value in total.values()]))
+                    total[node] = total[node] + (value.float().var(0).mean() if value.shape[0] > 1 else 0.0)
+    values = [torch.as_tensor(value, device=plan.device) for total in totals for value in total.values()]
+    joined = iter(summed_numbers(torch.stack(values).tolist() if values else []))
     totals = [{n: next(joined) for n in total} for total in totals]
     share = plan.weights
     parents = {n: sum(w * t[n] for w, t in zip(share, totals[1:], strict=True)) for n in nodes}

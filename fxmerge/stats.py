@@ -112,8 +112,7 @@ def rows(value: Tensor, tap: Tap, positions: Tensor | None) -> Tensor:
         flat = flat.reshape(-1, flat.shape[-1])
     else:  # picked before anything is copied
         flat = flat[tuple(i.to(value.device) for i in torch.unravel_index(positions, flat.shape[:-1]))]
-    index = tap.index.to(value.device)
-    n, m = index.shape
-    if m == 1 and n == flat.shape[1] and bool((index[:, 0] == torch.arange(n, device=value.device)).all()):
+    n, m = tap.index.shape
+    if m == 1 and n == flat.shape[1] and torch.equal(tap.index[:, 0], torch.arange(n)):
         return flat
-    return flat[:, index.T.reshape(-1)].reshape(-1, n)
+    return flat.index_select(1, tap.index.T.reshape(-1).to(value.device)).reshape(-1, n)

@@ -1,8 +1,7 @@
 """A device that is none: tensors that say they are on an accelerator, and hold their values on the CPU.
 
-``pretending`` runs every operation on the values, if the operation would run on an accelerator: all its tensors there, or
-on the CPU without axes. It refuses to mix, and it notes where values come back to the host, for which an accelerator
-waits.
+``pretending`` runs every operation on the values, if it would run on an accelerator: all its tensors are there, or on
+the CPU without axes. It refuses to mix, and notes where values come back to the host, for which an accelerator waits.
 """
 
 from __future__ import annotations
