@@ -16,8 +16,9 @@ from fxmerge.errors import (
     VerifyError,
 )
 from fxmerge.export import load, save
+from fxmerge.gather import collect_statistics
 from fxmerge.moments import Statistics
-from fxmerge.pipeline import MergeResult, align, collect_statistics, merge
+from fxmerge.pipeline import MergeResult, align, merge
 from fxmerge.rules import rule
 from fxmerge.symmetry import permute, verify
 from fxmerge.units import find_stages

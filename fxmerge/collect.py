@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxmerge.errors import InputError
+from fxmerge.fingerprint import fingerprint
 from fxmerge.ir import AxisClasses, Tap
 from fxmerge.moments import Moments, Origin, Statistics
 from fxmerge.ranks import draw, from_first, ordinal, place, summed
@@ -172,9 +172,7 @@ class _Run:
 
     def identify(self, batch: Any) -> None:
         """Remembers the first batch, or compares it with the one that is remembered."""
-        leaves = [x for x in pytree.tree_leaves(self._feed(batch)) if isinstance(x, Tensor)]
-        parts = [x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for x in leaves]
-        digest = _digest(b"".join(parts))
+        digest = fingerprint((), self._feed(batch))["first_batch"]
         if self.origin.batch not in ("", digest):
             raise InputError(
                 "statistics were interrupted and cannot go on: the data does not start with the batch that it started "

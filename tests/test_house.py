@@ -28,7 +28,7 @@ ORDER = """
     card export exchange barrier
     labels rules interpret classes
     alike units coupling layout symmetry stats collect regression interfaces matching descent literals rewrite widths
-    affinity cells budget matchers data correspond ensemble repair depth recipe report plan provenance pipeline
+    affinity cells budget matchers data correspond ensemble repair depth recipe report plan gather provenance pipeline
     sources loaders commands cli api __init__
     """.split()
 
