@@ -336,18 +336,21 @@ def _variances(module: fx.GraphModule, plan: Plan, batches: int = 2) -> dict[str
         return {}
     nodes = list(dict.fromkeys(t.node for c in plan.classes[0] if c.free for t in c.taps if t.kind == "made"))
     graphs = [module, *(c.traced.graph_module for c in plan.classes)]
-    totals: list[dict[str, Any]] = [dict.fromkeys(nodes, 0.0) for _ in graphs]
+    found: list[tuple[int, str]] = []
+    values: list[Tensor] = []
     with evaluating(*graphs):
         for number, batch in enumerate(plan.batches):
             if ordinal(number) >= batches:
                 break
             args, kwargs = plan.feed(batch)
-            for total, graph in zip(totals, graphs, strict=True):
+            for g, graph in enumerate(graphs):
                 for node, value in listen(graph, set(nodes), args, kwargs).items():
-                    total[node] = total[node] + (value.float().var(0).mean() if value.shape[0] > 1 else 0.0)
-    values = [torch.as_tensor(value, device=plan.device) for total in totals for value in total.values()]
-    joined = iter(summed_numbers(torch.stack(values).tolist() if values else []))
-    totals = [{n: next(joined) for n in total} for total in totals]
-    share = plan.weights
-    parents = {n: sum(w * t[n] for w, t in zip(share, totals[1:], strict=True)) for n in nodes}
-    return {n: totals[0][n] / parents[n] for n in nodes if parents[n] > 0}
+                    if value.shape[0] > 1:
+                        found.append((g, node))
+                        values.append(value.float().var(0).mean())
+    sums = {(g, n): 0.0 for g in range(len(graphs)) for n in nodes}
+    for at, number in zip(found, torch.stack(values).tolist() if values else (), strict=True):
+        sums[at] += number
+    totals = dict(zip(sums, summed_numbers(list(sums.values())), strict=True))
+    parents = {n: sum(w * totals[p, n] for p, w in enumerate(plan.weights, 1)) for n in nodes}
+    return {n: totals[0, n] / parents[n] for n in nodes if parents[n] > 0}
