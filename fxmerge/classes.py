@@ -43,20 +43,7 @@ def infer_classes(module: nn.Module | Traced, example_inputs: Any = None, *, str
             f"no rule for operation '{op}' at node '{node}'. Register one with @fxmerge.rule('{op}'), "
             "or leave out strict=True to pin what it touches."
         )
-    _pin_unread(interpretation)
     return _close(interpretation)
-
-
-def _pin_unread(found: Interpretation) -> None:
-    """Pins entries of parameters that this run did not read, such as rows of later positions: other inputs may."""
-    atoms = found.atoms
-    root = atoms.find(np.arange(atoms.size))
-    unread = (np.bincount(root, minlength=atoms.size)[root] == 1) & (atoms.origin(np.arange(atoms.size)) >= 0)
-    touched = [ids[ids >= 0] for _, _, ids in found.seen]
-    touched += [x for edge in atoms.edges for x in edge] + [who for who, _, _ in atoms.tags]
-    if touched:
-        unread[root[np.concatenate(touched)]] = False
-    atoms.pin(np.flatnonzero(unread), "not read on the example inputs")
 
 
 def _colours(size: int, kinds: Ints, child: Ints, block: Ints) -> Ints:

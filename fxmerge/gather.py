@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxmerge.clock import Clock
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractDepthAligner, AbstractMatcher
 from fxmerge.moments import Statistics
-from fxmerge.plan import Clock, Depth, InputFn, Target, prepare
+from fxmerge.plan import Depth, InputFn, Target, prepare
 
 
 def collect_statistics(

@@ -206,6 +206,18 @@ class Interpretation(Context):
                 self.place = "output"
                 self.pin(made, OUTPUT)
         self._labels.clear()
+        self._pin_unread()
+
+    def _pin_unread(self) -> None:
+        """Entries of parameters that this run did not read, such as rows of later positions: other inputs may."""
+        everything = np.arange(self.atoms.size)
+        root = self.atoms.find(everything)
+        unread = (np.bincount(root, minlength=root.size)[root] == 1) & (self.atoms.origin(everything) >= 0)
+        touched = [ids[ids >= 0] for _, _, ids in self.seen]
+        touched += [x for edge in self.atoms.edges for x in edge] + [who for who, _, _ in self.atoms.tags]
+        if touched:
+            unread[root[np.concatenate(touched)]] = False
+        self.atoms.pin(np.flatnonzero(unread), "not read on the example inputs")
 
     def see(self, node: fx.Node, value: Any) -> None:
         """Notes in which dimension of a node's output which neurons show."""

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from fxmerge import exchange, export
+from fxmerge.clock import Clock
 from fxmerge.coupling import fuse
 from fxmerge.data import feeder, reusable
 from fxmerge.ensemble import disagreement
@@ -21,7 +22,7 @@ from fxmerge.interfaces import AbstractDepthAligner, AbstractMatcher, AbstractRe
 from fxmerge.ir import Alignment
 from fxmerge.matchers import ActivationMatching, CCAMerge, OTFusion, WeightMatching, ZipIt
 from fxmerge.moments import Statistics
-from fxmerge.plan import Clock, Depth, Heads, InputFn, Plan, Target, Weights, make_plan
+from fxmerge.plan import Depth, Heads, InputFn, Plan, Target, Weights, make_plan
 from fxmerge.provenance import provenance
 from fxmerge.ranks import from_first, ordinal, summed_numbers
 from fxmerge.recipe import OPTIONS

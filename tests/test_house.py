@@ -23,7 +23,7 @@ FILES = {
 # A module imports only from those above it; an entry that is a package stands for all its files, inside which the
 # order is: every file, then ``__init__``. A new module gets its place here.
 ORDER = """
-    errors atoms ir linalg running ranks moments
+    errors clock atoms ir linalg running ranks moments
     symbolic batch recorder record guess trace vocabulary shards document fingerprint folder alignment listing
     card export exchange barrier
     labels rules interpret classes
