@@ -19,6 +19,7 @@ from fxmerge.atoms import Ints, distinct, mix
 from fxmerge.errors import UnknownOpError
 from fxmerge.interpret import Interpretation
 from fxmerge.ir import AxisClass, AxisClasses, Site, Tap, Traced
+from fxmerge.sides import columns, facing, sides
 from fxmerge.trace import trace
 
 
@@ -237,18 +238,21 @@ def _build(
         number[who], place[who] = new, np.arange(len(who))
         merged.append(who)
     sites = _sites(found, root, number, place, slot_colour, len(order))
-    taps = _taps(found, root, number, place, [len(m) for m in merged])
+    side = sides(found.met, root)
+    starts = dict(zip(found.sites, found.starts, strict=True))
+    faces = [facing(s, starts, found.reads, side) for s in sites]
+    taps = _taps(found, root, number, place, [len(m) for m in merged], side)
     classes: list[AxisClass] = []
     names: dict[str, int] = {}
     for new, g in enumerate(order):
         kinds, reason = groups[g]
         who = merged[new]
-        above, columns = [], []
+        above, blocks = [], []
         if reason is None:
             for b in parents[kinds[0]]:
                 above.append(int(number[members[b][0]]))
                 lookup: Any = parents[kinds[0]][b]
-                columns.append(place[lookup[who]])
+                blocks.append(place[lookup[who]])
         first = next(iter(sites[new]), None)  # in order of appearance
         name = str(first) if first is not None else "blocks"
         if name in names:
@@ -262,11 +266,11 @@ def _build(
                 size=len(who),
                 sites=sites[new],
                 parents=tuple(above),
-                blocks=torch.from_numpy(np.stack(columns, 1))
-                if columns
-                else torch.zeros(len(who), 0, dtype=torch.int64),
+                blocks=torch.from_numpy(np.stack(blocks, 1)) if blocks else torch.zeros(len(who), 0, dtype=torch.int64),
                 pinned=reason,
                 taps=tuple(taps[new]),
+                turned=faces[new][0],
+                reflexive=faces[new][1],
             )
         )
     return AxisClasses(
@@ -385,7 +389,9 @@ def _sites(
     return sites
 
 
-def _taps(found: Interpretation, root: Ints, number: Ints, place: Ints, sizes: list[int]) -> list[list[Tap]]:
+def _taps(
+    found: Interpretation, root: Ints, number: Ints, place: Ints, sizes: list[int], side: Ints
+) -> list[list[Tap]]:
     taps: list[list[Tap]] = [[] for _ in sizes]
     made = found.contracting
     nodes = found.traced.graph_module.graph.nodes
@@ -400,5 +406,6 @@ def _taps(found: Interpretation, root: Ints, number: Ints, place: Ints, sizes: l
             mine = mine[np.argsort(pos[mine], kind="stable")]
             counts = np.bincount(pos[mine], minlength=sizes[c])
             if counts.min() == counts.max():
-                taps[c].append(Tap(node, axis, torch.from_numpy(at[mine].reshape(sizes[c], -1)), kind))
+                where = at[mine].reshape(sizes[c], -1)
+                taps[c].append(Tap(node, axis, torch.from_numpy(where), kind, columns(ids[where], side)))
     return taps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Moments:
         total: [n], float64 sum of shifted rows.
         gram: [n, n], float64 sum of outer products of shifted rows.
         widths: (n_a, n_b, ..).
+        turned: whether the tap shows the neurons as turned places make them (keys, say, where others are queries).
     """
 
     count: int
@@ -34,15 +35,16 @@ class Moments:
     total: Tensor
     gram: Tensor
     widths: tuple[int, ...]
+    turned: bool = False
 
     def __add__(self, other: Moments) -> Moments:
         if torch.equal(self.shift, other.shift):  # batches of one stream
             gram = self.gram + other.gram
-            return Moments(self.count + other.count, self.shift, self.total + other.total, gram, self.widths)
+            return replace(self, count=self.count + other.count, total=self.total + other.total, gram=gram)
         d = other.shift - self.shift  # rows of ``other``, seen from this shift
         total = other.total + other.count * d
         gram = other.gram + torch.outer(other.total, d) + torch.outer(d, other.total) + other.count * torch.outer(d, d)
-        return Moments(self.count + other.count, self.shift, self.total + total, self.gram + gram, self.widths)
+        return replace(self, count=self.count + other.count, total=self.total + total, gram=self.gram + gram)
 
     @property
     def mean(self) -> Tensor:
@@ -82,6 +84,7 @@ class Statistics:
                 key = f"{k}.{t}."
                 tensors |= {key + "shift": m.shift, key + "total": m.total, key + "gram": m.gram}
                 tensors |= {key + "count": torch.tensor(m.count), key + "widths": torch.tensor(m.widths)}
+                tensors |= {key + "turned": torch.tensor(m.turned)}
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, str(path))
 
     @staticmethod
@@ -95,7 +98,9 @@ class Statistics:
             found.setdefault(int(k), {}).setdefault(int(t), {})[field] = value
         moments = {
             k: tuple(
-                Moments(int(f["count"]), f["shift"], f["total"], f["gram"], tuple(f["widths"].tolist()))
+                Moments(
+                    int(f["count"]), f["shift"], f["total"], f["gram"], tuple(f["widths"].tolist()), bool(f["turned"])
+                )
                 for _, f in sorted(taps.items())
             )
             for k, taps in sorted(found.items())
@@ -129,9 +134,18 @@ def choose_taps(
         seen = [t for t in seen if t.node not in avoid] or seen
         if c.free and seen:
             taps = [t for t in seen if t.kind == kind] or seen
-            step = (len(taps) - 1) / max(most - 1, 1)
-            chosen[k] = tuple(taps) if len(taps) <= most else tuple(taps[round(i * step)] for i in range(most))
+            if not c.turned:
+                chosen[k] = _spread(taps, most)
+                continue
+            parts = [p for t in taps for p in t.parts()]  # both sides by themselves, and as many of each
+            halves = [[p for p in parts if any(p.turned) is side] for side in (False, True)]
+            chosen[k] = tuple(p for half in halves for p in _spread(half, most // 2))
     return chosen
+
+
+def _spread(taps: Sequence[Tap], most: int) -> tuple[Tap, ...]:
+    step = (len(taps) - 1) / max(most - 1, 1)
+    return tuple(taps) if len(taps) <= most else tuple(taps[round(i * step)] for i in range(most))
 
 
 def _from_inputs(classes: AxisClasses) -> set[str]:
@@ -270,7 +284,8 @@ def collect(
     done: dict[int, list[Moments]] = {}
     for (k, t), running in sums.items():
         if (k, t) not in masked:
-            done.setdefault(k, []).append(running.moments())
+            turned = taps[0][k][t].turned
+            done.setdefault(k, []).append(replace(running.moments(), turned=bool(turned) and all(turned)))
     stats = Statistics({k: tuple(ms) for k, ms in done.items()}, samples)
     for ms in stats.moments.values():
         for m in ms:
@@ -324,14 +339,12 @@ def _all_reduce(stats: Statistics) -> Statistics:
     for k, ms in stats.moments.items():
         out = []
         for m in ms:
-            zero = Moments(
-                m.count, torch.zeros_like(m.shift), torch.zeros_like(m.total), torch.zeros_like(m.gram), m.widths
-            )
-            m = Moments(0, zero.shift, zero.total, zero.gram, m.widths) + m  # a shift that all ranks share
+            zero = {"shift": torch.zeros_like(m.shift), "total": torch.zeros_like(m.total)}
+            m = replace(m, count=0, gram=torch.zeros_like(m.gram), **zero) + m  # a shift that all ranks share
             count = torch.tensor(float(m.count), dtype=torch.float64, device=m.total.device)
             for t in (count, m.total, m.gram):
                 dist.all_reduce(t)
-            out.append(Moments(int(count), m.shift, m.total, m.gram, m.widths))
+            out.append(replace(m, count=int(count)))
         joined[k] = tuple(out)
     samples = torch.tensor(stats.samples)
     dist.all_reduce(samples)
