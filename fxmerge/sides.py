@@ -49,11 +49,11 @@ def sides(met: Sequence[tuple[Tensor, Tensor, bool]], root: Ints) -> Ints:
         if paired[root[x[x >= 0]]].any():
             ends.append((*_united(left, right, root), across))
     x, y = (np.concatenate([e[k] for e in ends]) for k in (0, 1))
-    across = np.repeat([e[2] for e in ends], [len(e[0]) for e in ends])
+    turns = np.repeat([e[2] for e in ends], [len(e[0]) for e in ends])
     n = len(root)
     # every atom twice: on one side, and on the other
     start = np.concatenate([x, x + n])
-    end = np.concatenate([np.where(across, y + n, y), np.where(across, y, y + n)])
+    end = np.concatenate([np.where(turns, y + n, y), np.where(turns, y, y + n)])
     _, part = connected_components(coo_array((np.ones(len(start)), (start, end)), shape=(2 * n,) * 2), directed=False)
     one, other, first = part[:n], part[n:], part[root]
     known = paired[root]

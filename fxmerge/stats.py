@@ -339,8 +339,8 @@ def _all_reduce(stats: Statistics) -> Statistics:
     for k, ms in stats.moments.items():
         out = []
         for m in ms:
-            zero = {"shift": torch.zeros_like(m.shift), "total": torch.zeros_like(m.total)}
-            m = replace(m, count=0, gram=torch.zeros_like(m.gram), **zero) + m  # a shift that all ranks share
+            zero, none = torch.zeros_like(m.shift), torch.zeros_like(m.gram)
+            m = replace(m, count=0, shift=zero, total=zero.clone(), gram=none) + m  # a shift that all ranks share
             count = torch.tensor(float(m.count), dtype=torch.float64, device=m.total.device)
             for t in (count, m.total, m.gram):
                 dist.all_reduce(t)

@@ -12,6 +12,7 @@ from networks import NETWORKS, randomise
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.alignment import ALIGNMENT, load_alignment, write_alignment
 from fxmerge.coupling import fuse
 from fxmerge.errors import StructureError
 from fxmerge.interfaces import Problem
@@ -319,3 +320,13 @@ def test_parents_with_other_numbers_of_heads_are_refused(matcher):
     a, b = Attention(heads=3, dim=2), Attention(heads=2, dim=3)
     with pytest.raises(StructureError, match="heads"):
         fxmerge.merge(a, b, example_inputs=tokens(2), data=[tokens(32)], matcher=matcher, progress=False)
+
+
+def test_both_sides_of_a_coupling_are_stored(tmp_path):
+    p = problem(Attention(), Attention(seed=1))
+    alignment = CCAMerge().match(p)
+    write_alignment(alignment, tmp_path / ALIGNMENT)
+    for one, other in zip(alignment.couplings, load_alignment(tmp_path).couplings, strict=True):
+        assert (one.dual is None) == (other.dual is None)
+        assert one.dual is None or torch.equal(one.dual, other.dual)
+    assert sum(c.dual is not None for c in alignment.couplings) == 1
