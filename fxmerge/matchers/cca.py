@@ -64,8 +64,7 @@ class CCAMerge(AbstractMatcher):
         eye = torch.eye(n).to(affinity.centred)
         merge, unmerge = [shares[0] * eye], [eye]
         for b in range(1, len(frames)):
-            left, _, right = torch.linalg.svd(_cross(affinity, frames[0], b, frames[b]))
-            turn = left @ right
+            turn = _turn(_cross(affinity, frames[0], b, frames[b]))
             merge.append(shares[b] * (frames[0].back @ turn @ frames[b].forth))
             unmerge.append(frames[b].back @ turn.T @ frames[0].forth)
         return Coupling(torch.cat(merge, 1).cpu(), torch.cat(unmerge).cpu(), affinity.widths)
@@ -115,6 +114,14 @@ def _cross(affinity: Affinity, a: _Frame, b: int, other: _Frame) -> Tensor:
     for matrix, x, y in zip(affinity.sides or (affinity.centred,), a.views, other.views, strict=True):
         total = total + x @ affinity.between(matrix, 0, b)[a.at][:, other.at] @ y.T
     return total
+
+
+def _turn(cross: Tensor) -> Tensor:
+    """U V' of a singular value decomposition; where that is not determined, the one nearest to the identity."""
+    left, values, right = torch.linalg.svd(cross)
+    shown = int((values > 1e-6 * values[0]).sum())
+    free, _, other = torch.linalg.svd(left[:, shown:].T @ right[shown:].T)
+    return left[:, :shown] @ right[:shown] + left[:, shown:] @ free @ other @ right[shown:]
 
 
 def _ridged(covariance: Tensor, gamma: float) -> Tensor:
