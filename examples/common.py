@@ -152,7 +152,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str = 
     return "\n".join([line(header), rule, *(line(row) for row in rows)])
 
 
-def figure(columns: int = 1) -> tuple["Figure", list["Axes"]]:
+def figure(columns: int = 1, measured: str = "held-out accuracy (%)") -> tuple["Figure", list["Axes"]]:
     """A figure with panels side by side that share their vertical axis."""
     from matplotlib.figure import Figure
 
@@ -161,7 +161,7 @@ def figure(columns: int = 1) -> tuple["Figure", list["Axes"]]:
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-    panels[0].set_ylabel("held-out accuracy (%)")
+    panels[0].set_ylabel(measured)
     return fig, panels
 
 

@@ -28,6 +28,9 @@ class Affinity:
         correlation: in [-1, 1].
         widths: (n_a, n_b, ..).
         count: number of samples behind it; 0 for weights.
+        sides: ``centred`` of the places that are not turned, and of those that are; None where that is not known.
+        rigid: whether only orthogonal maps leave contractions alone: neurons that are summed over against themselves,
+            or whose two sides are not known.
     """
 
     raw: Tensor
@@ -35,6 +38,8 @@ class Affinity:
     correlation: Tensor
     widths: tuple[int, ...]
     count: int
+    sides: tuple[Tensor, Tensor] | None = None
+    rigid: bool = False
 
     @property
     def score(self) -> Tensor:
@@ -53,7 +58,8 @@ class Affinity:
         """Of some neurons only: per parent, which."""
         i = torch.cat([m + s for m, s in zip(members, self.starts, strict=True)]).to(self.raw.device)
         raw, centred, alike = (x[i][:, i] for x in (self.raw, self.centred, self.correlation))
-        return Affinity(raw, centred, alike, tuple(len(m) for m in members), self.count)
+        sides = None if self.sides is None else (self.sides[0][i][:, i], self.sides[1][i][:, i])
+        return Affinity(raw, centred, alike, tuple(len(m) for m in members), self.count, sides, self.rigid)
 
     def joined(self, other: Affinity) -> Affinity:
         """The mean of two, at one scale."""
@@ -64,7 +70,7 @@ class Affinity:
 
         alike = (self.correlation + other.correlation.to(self.correlation)) / 2
         centred, raw = mean(self.centred, other.centred), mean(self.raw, other.raw)
-        return Affinity(raw, centred, alike, self.widths, max(self.count, other.count))
+        return replace(self, raw=raw, centred=centred, correlation=alike, count=max(self.count, other.count))
 
     def of(self, parents: Sequence[int]) -> Affinity:
         """Of some parents only."""
@@ -78,6 +84,14 @@ class Affinity:
 
 def from_moments(taps: Sequence[Moments]) -> Affinity:
     """Pooled over the places where a class shows; each place counts the same, whatever its scale."""
+    halves = [[m for m in taps if m.turned is side] for side in (False, True)]
+    if all(halves):
+        one, other = (_pooled(half).centred for half in halves)
+        return replace(_pooled(taps), sides=(one, other))
+    return _pooled(taps)
+
+
+def _pooled(taps: Sequence[Moments]) -> Affinity:
     raw = centred = alike = torch.zeros(())
     for m in taps:
         covariance = m.covariance

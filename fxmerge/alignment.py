@@ -1,7 +1,8 @@
 """Couplings on disk: which neuron of which parent became which, in one safetensors file.
 
-The coupling of class k is ``k.sizes``, (n, n_a, n_b, ..), ``k.merge`` and ``k.unmerge``. A matrix that is mostly zeros,
-as those of permutations are, is stored by its entries, ``k.merge.index`` int32 [2, entries] and ``k.merge.values``.
+The coupling of class k is ``k.sizes``, (n, n_a, n_b, ..), ``k.merge``, ``k.unmerge`` and, where it has one, ``k.dual``.
+A matrix that is mostly zeros, as those of permutations are, is stored by its entries, ``k.merge.index`` int32
+[2, entries] and ``k.merge.values``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def write_alignment(alignment: Alignment, file: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for k, coupling in enumerate(alignment.couplings):
         tensors[f"{k}.sizes"] = torch.tensor([coupling.size, *coupling.widths])
-        for side, matrix in (("merge", coupling.merge), ("unmerge", coupling.unmerge)):
+        sides = {"merge": coupling.merge, "unmerge": coupling.unmerge}
+        if coupling.dual is not None:
+            sides["dual"] = coupling.dual
+        for side, matrix in sides.items():
             tensors |= {f"{k}.{side}{ending}": t for ending, t in _packed(matrix.detach().cpu()).items()}
     about = {"quality": [*alignment.quality.items()], "notes": alignment.notes, "couplings": len(alignment.couplings)}
     save_file(tensors, file, metadata={"method": alignment.method, "about": json.dumps(about)})
@@ -64,7 +68,10 @@ def _packed(matrix: Tensor) -> dict[str, Tensor]:
 def _coupling(tensors: dict[str, Tensor], k: int) -> Coupling:
     size, *widths = tensors[f"{k}.sizes"].tolist()
     merge = _unpacked(tensors, f"{k}.merge", (size, sum(widths)))
-    return Coupling(merge, _unpacked(tensors, f"{k}.unmerge", (sum(widths), size)), tuple(widths))
+    unmerge = _unpacked(tensors, f"{k}.unmerge", (sum(widths), size))
+    has_dual = f"{k}.dual" in tensors or f"{k}.dual.index" in tensors
+    dual = _unpacked(tensors, f"{k}.dual", (size, sum(widths))) if has_dual else None
+    return Coupling(merge, unmerge, tuple(widths), dual)
 
 
 def _unpacked(tensors: dict[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:

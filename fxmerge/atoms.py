@@ -129,15 +129,20 @@ class Atoms:
         self._block[child[orphan]] = block[orphan]
 
     def blocks(self, atoms: Ints, group: Ints) -> tuple[Ints, Ints]:
-        """Blocks for a partition of atoms: distinct groups, and the block atom of each; known blocks are reused."""
+        """Blocks for a partition of atoms: distinct groups, and the block atom of each; known blocks are reused.
+
+        Under the name that they were made with, which says what else they met as (see ``sides``).
+        """
         atoms, group = unique_pairs(self.find(atoms), group)
         groups, where = np.unique(group, return_inverse=True)
-        known = self.find(self._block[atoms])
+        named = self._block[atoms]
+        known = self.find(named)
         held, block = unique_pairs(where[known >= 0], known[known >= 0])
         if len(held) == len(groups) == len(np.unique(held)) == len(np.unique(block)):
             loose = known < 0
             if loose.any():
                 self.under(atoms[loose], block[where[loose]])
+            block[where[known >= 0]] = named[known >= 0]
             return groups, block
         # in order of their first atom, so that numbering follows the network and not hash values
         earliest = np.full(len(groups), self.size)

@@ -1,8 +1,12 @@
 """Matching class by class, for any method that couples one set of neurons with another.
 
 A class in blocks (inside heads, groups) falls into cells: the neurons of one block, or of one pair of blocks. Which
-block stands in for which is a permutation; inside, every pair of cells is a problem like that of a class without
-blocks, so no method ever mixes two heads.
+block stands in for which is a permutation, by the value of what the method would do inside; there, every pair of cells
+is a problem like that of a class without blocks, so no method ever mixes two heads. That is not only taste: what heads
+give is no linear function of their queries and keys, so a mean of two heads' queries belongs to neither.
+
+Where two sides of the same neurons are summed over (queries against keys), the other side goes through the coupling's
+``dual``, which leaves that sum alone.
 """
 
 from __future__ import annotations
@@ -15,15 +19,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fxmerge.affinity import Affinity, from_moments, from_weights
-from fxmerge.coupling import among, permuted, side_by_side
+from fxmerge.coupling import among, permuted, side_by_side, turned
 from fxmerge.interfaces import Problem
-from fxmerge.ir import Alignment, AxisClasses, Coupling
+from fxmerge.ir import Alignment, AxisClass, AxisClasses, Coupling
 from fxmerge.linalg import assignment
 from fxmerge.matching import families, match_family
 from fxmerge.ranks import spread
 
 Solve = Callable[[Affinity, Sequence[float], int], Coupling]
 """The neurons of one cell over all parents, the parents' shares, and how many fused neurons there shall be."""
+
+Worth = Callable[[Affinity, Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""What a method makes of giving cell j of a second parent to cell i of the first: [cells, cells], at most the number of
+neurons in a cell. Given are the neurons of two parents, and which of them are in every cell."""
 
 
 def class_by_class(
@@ -34,6 +42,7 @@ def class_by_class(
     by: str = "activations",
     sweeps: int = 1,
     widths: Mapping[int, int] | None = None,
+    worth: Worth | None = None,
 ) -> tuple[Alignment, dict[int, Affinity]]:
     """Couples every class, in the order of the network, each on what is already matched.
 
@@ -45,6 +54,7 @@ def class_by_class(
             are always compared by weights.
         widths: class -> number of fused neurons, where it is not that of the first parent's.
         sweeps: rounds over the classes; after the first one, weights are compared given all other classes.
+        worth: by what blocks are matched with blocks; by default the best assignment of their members.
 
     Returns:
         The alignment, and per class what it was made from.
@@ -55,7 +65,7 @@ def class_by_class(
     groups = families(first)
     present = {k: problem.present(family) for family in groups for k in family}
     lonely = {k for k, who in present.items() if len(who) < len(problem.classes)}
-    heard = {k: from_moments(m) for k, m in shown.items()}
+    heard = {k: _faced(first[k], from_moments(m)) for k, m in shown.items()}
     heard = {k: a.of(present[k]) if k in lonely else a for k, a in heard.items()}
     seen: dict[int, Affinity] = dict(heard)
     settled = {k: _kept(problem, k) for k, c in enumerate(first) if not c.free}
@@ -64,7 +74,7 @@ def class_by_class(
     widths = {**problem.widths, **(widths or {})}
     # what activations alone decide can be solved at once, by whichever process
     open_ = [f for f in groups if not hidden & set(f) and any(k in heard for k in f)]
-    solved = spread(lambda f: _of_present(problem, f, heard, solve, widths), open_, lambda f: _cost(first, f))
+    solved = spread(lambda f: _of_present(problem, f, heard, solve, widths, worth), open_, lambda f: _cost(first, f))
     ready = dict(zip(open_, solved, strict=True))
     with tqdm(total=rounds * len(groups), desc=method, disable=not problem.progress, leave=False) as bar:
         for _ in range(rounds):
@@ -76,10 +86,10 @@ def class_by_class(
                         silent = problem.silent(present[k])
                         found = from_weights(problem.classes, touched, problem.states, k, settled, silent, present[k])
                         if found is not None:
-                            seen[k] = heard[k].joined(found) if k in heard else found
+                            seen[k] = heard[k].joined(found) if k in heard else _faced(first[k], found)
                     if len(present[family[0]]) == 1 or any(k in seen for k in family):
                         known = ready.get(family)
-                        settled |= known or _of_present(problem, family, seen, solve, widths)
+                        settled |= known or _of_present(problem, family, seen, solve, widths, worth)
                         bar.update()
                     else:
                         stuck.append(family)
@@ -88,13 +98,13 @@ def class_by_class(
                 waiting = stuck
     for family in groups:  # nothing says anything of these
         if not settled.keys() & set(family):
-            settled |= _of_present(problem, family, {}, solve, {})
+            settled |= _of_present(problem, family, {}, solve, {}, worth)
     settled |= {k: _kept(problem, k) for k in range(len(first)) if k not in settled}
     shared = {k: a for k, a in seen.items() if k not in lonely}
     quality = {k: _quality(a, settled[k]) for k, a in shared.items() if k in settled}
     names = ", ".join(first[k].name for k in sorted((hidden & set(seen)) - set(heard)))
     notes = (f"matched on weights, since no activation shows them: {names}",) if names and shown else ()
-    couplings = tuple(settled[k] for k in range(len(first)))
+    couplings = tuple(turned(settled[k], problem.shares[k]) if c.turned else settled[k] for k, c in enumerate(first))
     return Alignment(couplings, method, quality, notes), shared
 
 
@@ -103,14 +113,23 @@ def _cost(classes: AxisClasses, family: Sequence[int]) -> float:
     return float(sum(classes[k].size ** 3 for k in family))
 
 
+def _faced(c: AxisClass, affinity: Affinity) -> Affinity:
+    return replace(affinity, rigid=c.reflexive or (bool(c.turned) and affinity.sides is None))
+
+
 def _of_present(
-    problem: Problem, family: Sequence[int], seen: Mapping[int, Affinity], solve: Solve, widths: Mapping[int, int]
+    problem: Problem,
+    family: Sequence[int],
+    seen: Mapping[int, Affinity],
+    solve: Solve,
+    widths: Mapping[int, int],
+    worth: Worth | None,
 ) -> dict[int, Coupling]:
     """Couples a family among those parents that have neurons of it."""
     present = problem.present(family)
     count = len(problem.classes)
     if len(present) == count:
-        return _family(problem, family, seen, solve, widths) if seen else {k: _kept(problem, k) for k in family}
+        return _family(problem, family, seen, solve, widths, worth) if seen else {k: _kept(problem, k) for k in family}
     shares = []
     for given in problem.shares:
         total = sum(given[p] for p in present)
@@ -119,7 +138,7 @@ def _of_present(
     if len(present) == 1 or not seen:
         found = {k: _kept(part, k) for k in family}
     else:
-        found = _family(part, family, seen, solve, {})
+        found = _family(part, family, seen, solve, {}, worth)
     return {k: among(c, present, count, [p[k].size for p in problem.classes]) for k, c in found.items()}
 
 
@@ -151,7 +170,12 @@ def permutations(affinity: Affinity) -> list[Tensor]:
 
 
 def _family(
-    problem: Problem, family: Sequence[int], seen: Mapping[int, Affinity], solve: Solve, widths: Mapping[int, int]
+    problem: Problem,
+    family: Sequence[int],
+    seen: Mapping[int, Affinity],
+    solve: Solve,
+    widths: Mapping[int, int],
+    worth: Worth | None,
 ) -> dict[int, Coupling]:
     first, shares = problem.classes[0], problem.shares
     if len(family) == 1:
@@ -160,7 +184,8 @@ def _family(
     placed = [{k: torch.arange(first[k].size) for k in family}]
     for b in range(1, len(problem.classes)):
         scores = {k: seen[k].between(seen[k].score, 0, b) for k in family if k in seen}
-        placed.append(match_family(first, family, scores))
+        values = _values(first, [k for k in family if k in seen], seen, b, worth) if worth else {}
+        placed.append(match_family(first, family, scores, values=values))
     out = {}
     for k in family:
         if k not in seen or first.children(k):
@@ -168,6 +193,21 @@ def _family(
         else:
             out[k] = _celled(first, k, placed, seen[k], shares[k], solve)
     return out
+
+
+def _values(
+    classes: AxisClasses, family: Sequence[int], seen: Mapping[int, Affinity], b: int, worth: Worth
+) -> dict[int, Tensor]:
+    """Per class that is the inside of blocks [blocks, blocks]: what they are worth to each other."""
+    found = {}
+    for k in family:
+        c = classes[k]
+        if len(c.parents) != 1 or classes.children(k):
+            continue
+        cells = [(c.blocks[:, 0] == i).nonzero()[:, 0] for i in range(classes[c.parents[0]].size)]
+        if len(cells[0]) > 1:
+            found[k] = worth(seen[k].of((0, b)), cells, cells).double().cpu()
+    return found
 
 
 def _celled(
@@ -188,7 +228,10 @@ def _celled(
     for number in range(int(cell.max()) + 1):
         rows = (cell == number).nonzero()[:, 0]
         members = [p[k][rows].sort().values for p in placed]
-        part = solve(affinity.at(members), shares, len(rows))
+        if len(rows) == 1:  # nothing to choose: not a sign, nor a scale
+            part = permuted([torch.zeros(1, dtype=torch.int64)] * len(placed), shares)
+        else:
+            part = solve(affinity.at(members), shares, len(rows))
         columns = torch.cat([m + s for m, s in zip(members, affinity.starts, strict=True)])
         merge[rows[:, None], columns[None, :]] = part.merge.cpu()
         unmerge[columns[:, None], rows[None, :]] = part.unmerge.cpu()

@@ -18,7 +18,9 @@ from torch import nn
 from fxmerge.atoms import Ints, distinct, mix
 from fxmerge.errors import UnknownOpError
 from fxmerge.interpret import Interpretation
-from fxmerge.ir import AxisClass, AxisClasses, Site, Tap, Traced
+from fxmerge.ir import AxisClass, AxisClasses, Traced
+from fxmerge.places import find_sites, find_taps
+from fxmerge.sides import facing, sides
 from fxmerge.trace import trace
 
 
@@ -223,19 +225,22 @@ def _build(
         who = np.sort(np.concatenate([members[k] for k in groups[g][0]]))
         number[who], place[who] = new, np.arange(len(who))
         merged.append(who)
-    sites = _sites(found, root, number, place, slot_colour, len(order))
-    taps = _taps(found, root, number, place, [len(m) for m in merged])
+    sites = find_sites(found, root, number, place, slot_colour, len(order))
+    side = sides(found.met, root)
+    starts = dict(zip(found.sites, found.starts, strict=True))
+    faces = [facing(s, starts, found.reads, side) for s in sites]
+    taps = find_taps(found, root, number, place, [len(m) for m in merged], side)
     classes: list[AxisClass] = []
     names: dict[str, int] = {}
     for new, g in enumerate(order):
         kinds, reason = groups[g]
         who = merged[new]
-        above, columns = [], []
+        above, blocks = [], []
         if reason is None:
             for b in parents[kinds[0]]:
                 above.append(int(number[members[b][0]]))
                 lookup: Any = parents[kinds[0]][b]
-                columns.append(place[lookup[who]])
+                blocks.append(place[lookup[who]])
         first = next(iter(sites[new]), None)  # in order of appearance
         name = str(first) if first is not None else "blocks"
         if name in names:
@@ -249,11 +254,11 @@ def _build(
                 size=len(who),
                 sites=sites[new],
                 parents=tuple(above),
-                blocks=torch.from_numpy(np.stack(columns, 1))
-                if columns
-                else torch.zeros(len(who), 0, dtype=torch.int64),
+                blocks=torch.from_numpy(np.stack(blocks, 1)) if blocks else torch.zeros(len(who), 0, dtype=torch.int64),
                 pinned=reason,
                 taps=tuple(taps[new]),
+                turned=faces[new][0],
+                reflexive=faces[new][1],
             )
         )
     return AxisClasses(
@@ -345,47 +350,3 @@ def _parents_first(
     for g in sorted(range(len(groups)), key=lambda g: min(int(members[k][0]) for k in groups[g][0])):
         visit(g)
     return list(done)
-
-
-def _sites(
-    found: Interpretation, root: Ints, number: Ints, place: Ints, slot_colour: Ints, count: int
-) -> list[dict[Site, torch.Tensor]]:
-    """Per class: site -> [size, m] places, the m places of all neurons in matching order."""
-    origin = found.atoms.origin(np.arange(len(root)))
-    raw = np.flatnonzero(origin >= 0)
-    index = raw - np.asarray(found.starts)[origin[raw]] if len(found.starts) else raw
-    cls, pos = number[root[raw]], place[root[raw]]
-    # places of the same nature in all neurons stand in one column; columns by their first place
-    _, shade = np.unique(slot_colour[raw], return_inverse=True)
-    _, nature = np.unique(
-        (cls * len(found.sites) + origin[raw]) * (shade.max(initial=0) + 1) + shade, return_inverse=True
-    )
-    first = np.full(nature.max(initial=-1) + 1, len(root))
-    np.minimum.at(first, nature, index)
-    order = np.lexsort((index, first[nature], pos, origin[raw], cls))
-    sites: list[dict[Site, torch.Tensor]] = [{} for _ in range(count)]
-    key = (cls * len(found.sites) + origin[raw])[order]
-    for part in np.split(order, np.flatnonzero(np.diff(key)) + 1):
-        if len(part):
-            c, o = int(cls[part[0]]), int(origin[raw[part[0]]])
-            sites[c][found.sites[o]] = torch.from_numpy(index[part].reshape(int(pos[part[-1]]) + 1, -1))
-    return sites
-
-
-def _taps(found: Interpretation, root: Ints, number: Ints, place: Ints, sizes: list[int]) -> list[list[Tap]]:
-    taps: list[list[Tap]] = [[] for _ in sizes]
-    made = found.contracting
-    nodes = found.traced.graph_module.graph.nodes
-    read = {source.name for node in nodes if node.name in made for source in node.all_input_nodes}
-    for node, axis, ids in found.seen:
-        kind = "made" if node in made else "read" if node in read else "other"
-        at = np.flatnonzero(ids >= 0)
-        who = root[ids[at]]
-        cls, pos = number[who], place[who]
-        for c in np.unique(cls):
-            mine = np.flatnonzero(cls == c)
-            mine = mine[np.argsort(pos[mine], kind="stable")]
-            counts = np.bincount(pos[mine], minlength=sizes[c])
-            if counts.min() == counts.max():
-                taps[c].append(Tap(node, axis, torch.from_numpy(at[mine].reshape(sizes[c], -1)), kind))
-    return taps

@@ -92,7 +92,9 @@ def collect(
     if not all(good for (k, t), good in finite.items() if taps[0][k][t].kind != "other"):
         raise InputError("activations hold NaN or inf on this data; check the inputs' scale and the parents' weights")
     # others may: scores behind an attention mask
-    found = replace(found, sums={at: m for at, m in found.sums.items() if finite[at]}, complete=True)
+    turned = {(k, t): bool(tap.turned) and all(tap.turned) for k, ts in taps[0].items() for t, tap in enumerate(ts)}
+    sums = {at: replace(m, turned=turned[at]) for at, m in found.sums.items() if finite[at]}
+    found = replace(found, sums=sums, complete=True)
     if path is not None and part is not None:
         if not place()[0]:
             found.save(path)

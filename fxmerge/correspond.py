@@ -36,18 +36,24 @@ def require_same_structure(
             if same is None or _axes(same) != _axes(c) or same.size == c.size:
                 continue
             wider = True
-            if k in apart or (any_width and c.free and same.free and not c.parents and not first.children(k)):
+            inside = first.children(k)
+            blocks = bool(c.parents or inside)
+            if k in apart or (any_width and c.free and same.free and not blocks):
                 continue
             if c.pinned == OUTPUT:
                 way = "Networks with different heads cannot be averaged: use heads='separate' or heads='concat'"
             elif not c.free:
                 way = "What the inputs fix must be alike"
-            elif any_width:
-                way = "Classes in blocks (heads, groups) need equal widths"
+            elif blocks:
+                way = (
+                    "Attention heads and groups stand for each other as wholes, one for one, with every matcher: all "
+                    "parents need the same number of them, of the same size. fxmerge.Ensemble takes any networks"
+                )
             else:
                 way = "Permutations need equal widths: use matcher=OTFusion()"
+            name = f"'{c.name}'" if c.sites or not inside else f"the blocks of '{first[inside[0]].name}'"
             raise StructureError(
-                f"the parents differ in {'width' if c.free else 'the number of outputs or inputs'} at '{c.name}': "
+                f"the parents differ in {'width' if c.free else 'the number of outputs or inputs'} at {name}: "
                 f"{c.size} against {same.size} neurons. {way}"
             )
         counterparts(first.traced, other.traced, nth(number), wider)

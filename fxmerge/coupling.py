@@ -8,6 +8,7 @@ One formula serves every method and every weight:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,6 +48,16 @@ def side_by_side(widths: Sequence[int]) -> Coupling:
     """Every parent's neurons kept: merge = unmerge = I."""
     eye = torch.eye(sum(widths), dtype=torch.float64)
     return Coupling(eye, eye.clone(), tuple(widths))
+
+
+def turned(coupling: Coupling, shares: Sequence[float]) -> Coupling:
+    """With its ``dual``: what turned places make is read, so it goes through unmerge, [w_a U_a', w_b U_b', ..].
+
+    With every parent's queries q_p = U_p q read back from the fused ones, the mean of the parents' scores, the sum of
+    w_p q_p . k_p, is q . k for the keys k = sum of w_p U_p' k_p.
+    """
+    dual = torch.cat([w * u.T for w, u in zip(shares, coupling.unmerge.split(coupling.widths), strict=True)], 1)
+    return coupling if torch.equal(dual, coupling.merge) else replace(coupling, dual=dual)
 
 
 def among(coupling: Coupling, present: Sequence[int], count: int, widths: Sequence[int]) -> Coupling:
@@ -174,7 +185,15 @@ def _carry(
         value = weight * value
     for site in sites:
         pairs = [(mine, theirs) for mine, theirs in zip(own, target, strict=True) if mine[0] == site]
-        pieces = [(index, goal, maps(c, k, site == carrier)) for (_, c, index), (_, _, goal) in pairs]
+        pieces: list[tuple[Tensor, Tensor, Map]] = []
+        for (_, c, index), (_, _, goal) in pairs:
+            columns = classes[c].turned.get(site)
+            if columns is None or site != carrier:
+                pieces.append((index, goal, maps(c, k, site == carrier)))
+                continue
+            for part, dual in ((~columns, False), (columns, True)):
+                if bool(part.any()):
+                    pieces.append((index[:, part], goal[:, part], maps(c, k, True, dual)))
         if site.groups == 1:
             value = _through(value, site.axis, pieces)
         else:
@@ -187,15 +206,16 @@ class Maps:
 
     def __init__(self, couplings: Sequence[Coupling] | Mapping[int, Coupling]) -> None:
         self._couplings = couplings
-        self._known: dict[tuple[int, int, bool], Map] = {}
+        self._known: dict[tuple[int, int, bool, bool], Map] = {}
 
-    def __call__(self, c: int, k: int, carries: bool) -> Map:
-        """Class c, parent k: [n, n_k], rows made by merging, or columns read back."""
-        key = (c, k, carries)
+    def __call__(self, c: int, k: int, carries: bool, dual: bool = False) -> Map:
+        """Class c, parent k: [n, n_k], rows made by merging (the ``dual`` way), or columns read back."""
+        key = (c, k, carries, dual)
         if key not in self._known:
             coupling = self._couplings[c]
             if carries:
-                self._known[key] = Map.of(coupling.merge.split(coupling.widths, 1)[k])
+                merge = coupling.dual if dual and coupling.dual is not None else coupling.merge
+                self._known[key] = Map.of(merge.split(coupling.widths, 1)[k])
             else:
                 self._known[key] = Map.of(coupling.unmerge.split(coupling.widths, 0)[k].T)
         return self._known[key]

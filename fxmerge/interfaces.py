@@ -159,13 +159,16 @@ class Context:
                 return None  # positions that move
             coupling = self.alignment.couplings[k]
             goals = _taps(c.taps, node, axis)
-            for mix, p, part in zip(mixes, parents, coupling.merge.split(coupling.widths, 1), strict=True):
+            made = coupling.merge.split(coupling.widths, 1)
+            dual = made if coupling.dual is None else coupling.dual.split(coupling.widths, 1)
+            for mix, p, *part in zip(mixes, parents, made, dual, strict=True):
                 origins = _taps(p[k].taps, node, axis)
                 if [g.index.shape[1] for g in goals] != [o.index.shape[1] for o in origins]:
                     return None
                 for goal, origin in zip(goals, origins, strict=True):
-                    for to, of in zip(goal.index.T, origin.index.T, strict=True):
-                        mix[to[:, None], of] = part.to(mix)
+                    turned = goal.turned or (False,) * goal.index.shape[1]
+                    for to, of, side in zip(goal.index.T, origin.index.T, turned, strict=True):
+                        mix[to[:, None], of] = part[side].to(mix)
                         covered[to] = True
         return tuple(mixes) if bool(covered.all()) else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -54,13 +54,25 @@ class Site:
 class Tap:
     """Where a class shows in an activation: ``index[i]`` are neuron i's places along ``axis`` of ``node``'s output.
 
-    ``kind``: "made" where a contraction wrote it, "read" where a contraction reads it, else "other".
+    ``kind``: "made" where a contraction wrote it, "read" where a contraction reads it, else "other". ``turned`` is as
+    in ``AxisClass``, here for every column; () where none is.
     """
 
     node: str
     axis: int
     index: Tensor
     kind: str = "other"
+    turned: tuple[bool, ...] = ()
+
+    def parts(self) -> tuple[Tap, ...]:
+        """The columns that are not turned, and those that are."""
+        if len(set(self.turned)) < 2:
+            return (self,)
+        found = ([i for i, t in enumerate(self.turned) if t is side] for side in (False, True))
+        return tuple(
+            replace(self, index=self.index[:, columns], turned=tuple(self.turned[i] for i in columns))
+            for columns in found
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +91,10 @@ class AxisClass:
         blocks: int64 [size, len(parents)].
         pinned: why no neuron may move, or None for a free class.
         taps: the activations that show this class.
+        turned: Site -> bool [m]: columns of places that make neurons to be summed over against those that others make,
+            as keys against queries (see ``sides``). What maps neurons turns the transposed way there. Sites without
+            such columns are left out.
+        reflexive: whether neurons are summed over against themselves, so that only orthogonal maps change nothing.
     """
 
     name: str
@@ -88,6 +104,8 @@ class AxisClass:
     blocks: Tensor
     pinned: str | None
     taps: tuple[Tap, ...]
+    turned: Mapping[Site, Tensor] = field(default_factory=dict)
+    reflexive: bool = False
 
     @property
     def free(self) -> bool:
@@ -178,11 +196,13 @@ class Coupling:
         merge: [n, n_a + n_b + ..]: a fused neuron's incoming row from the parents' rows.
         unmerge: [n_a + n_b + .., n]: each parent's neuron read back from the fused ones.
         widths: (n_a, n_b, ..).
+        dual: [n, n_a + n_b + ..]: as ``merge``, for places that are turned; None where it is the same.
     """
 
     merge: Tensor
     unmerge: Tensor
     widths: tuple[int, ...]
+    dual: Tensor | None = None
 
     @property
     def size(self) -> int:

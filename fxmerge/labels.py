@@ -96,6 +96,8 @@ class Context:
         self.place = "the graph"  # the node at work, for reasons
         self._places: dict[tuple[int, int], Tensor] = {}
         self._chained = False  # whether neurons of one value became one
+        self.met: list[tuple[Tensor, Tensor, bool]] = []  # what met entry by entry, and whether to be summed over
+        self._summed: int | None = None  # the first dimension that is
 
     # -- making labels -------------------------------------------------------------------------------------------
 
@@ -279,6 +281,8 @@ class Context:
 
     def _relate(self, left: Tensor, right: Tensor) -> str:
         """Relates two label tensors and says which determines the other: "left", "right" or "both" (neither)."""
+        inner = range(left.dim() if self._summed is None else self._summed, left.dim())
+        self.met.append((left, right, any(left.shape[d] > 1 and right.shape[d] > 1 for d in inner)))
         x, y = np.broadcast_arrays(self._roots(left), self._roots(right))
         x, y = x.ravel(), y.ravel()
         small = "left" if left.numel() <= right.numel() else "right"
@@ -492,7 +496,9 @@ class Context:
             fixed = tuple(map(lay, label.fixed))
             return replace(label, shape=shape, neurons=tuple(map(lay, label.neurons)), fixed=fixed)
 
+        self._summed = len(out)
         joint = self.align(*(place(*o) for o in operands), shape=[sizes[n] for n in order])
+        self._summed = None
         return replace(self.reduce(joint, range(len(out), len(order))), why="position")
 
     def _note_reads(self, operands: Sequence[tuple[Label, Sequence[Hashable]]], inner: set[Hashable]) -> None:

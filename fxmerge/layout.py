@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fxmerge.ir import AxisClasses, Site, Tap
+from fxmerge.ir import AxisClasses, Site
 
 
 def resized(classes: AxisClasses, widths: Mapping[int, int]) -> AxisClasses:
@@ -53,7 +53,8 @@ def resized(classes: AxisClasses, widths: Mapping[int, int]) -> AxisClasses:
                 size=w,
                 sites={name[s]: laid[s][k] for s in c.sites},
                 blocks=c.blocks.new_zeros(w, 0) if k in widths else c.blocks,
-                taps=tuple(Tap(t.node, t.axis, seen[t.node, t.axis][k], t.kind) for t in c.taps),
+                taps=tuple(replace(t, index=seen[t.node, t.axis][k]) for t in c.taps),
+                turned={name[s]: columns for s, columns in c.turned.items()},
             )
         )
     return replace(classes, classes=tuple(out), reads=frozenset(name.get(s, s) for s in classes.reads))

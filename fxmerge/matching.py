@@ -57,7 +57,11 @@ def families(classes: AxisClasses) -> list[tuple[int, ...]]:
 
 
 def match_family(
-    classes: AxisClasses, family: Sequence[int], score: Mapping[int, Tensor], joints: Sequence[Joint] = ()
+    classes: AxisClasses,
+    family: Sequence[int],
+    score: Mapping[int, Tensor],
+    joints: Sequence[Joint] = (),
+    values: Mapping[int, Tensor] | None = None,
 ) -> dict[int, Tensor]:
     """The element of the symmetry of one family that maximises the summed score.
 
@@ -66,6 +70,8 @@ def match_family(
         family: class indices, parents first.
         score: class -> [n, n], score of letting neuron j of B stand in for neuron i of A; missing means 0.
         joints: weights whose score depends on two classes of the family at once.
+        values: class -> [blocks, blocks], what its members are worth where block j stands in for block i; by default
+            the score of their best assignment.
 
     Returns:
         class -> int64 [n], p[i] is the neuron of B that stands in for neuron i of A.
@@ -74,7 +80,7 @@ def match_family(
         (k,) = family
         return {k: assignment(score[k]) if k in score else torch.arange(classes[k].size)}
     scores = {k: v.detach().double().cpu() for k, v in score.items()}
-    return _Solver(classes, family, scores, joints).solve()
+    return _Solver(classes, family, scores, joints, values or {}).solve()
 
 
 class _Solver:
@@ -84,9 +90,14 @@ class _Solver:
     """
 
     def __init__(
-        self, classes: AxisClasses, family: Sequence[int], scores: Mapping[int, Tensor], joints: Sequence[Joint]
+        self,
+        classes: AxisClasses,
+        family: Sequence[int],
+        scores: Mapping[int, Tensor],
+        joints: Sequence[Joint],
+        values: Mapping[int, Tensor],
     ) -> None:
-        self.classes, self.family, self.scores = classes, family, scores
+        self.classes, self.family, self.scores, self.values = classes, family, scores, values
         self.joints = {j.outer: j for j in joints} | {j.inner: j for j in joints}
         self.sweeps = 2 if any(len(classes[k].parents) > 1 for k in family) else 1
         self.known: dict[int, Tensor] = {}
@@ -169,6 +180,8 @@ class _Solver:
                 if c in self.below[k]:
                     at = (found >= 0).nonzero()[:, 0]
                     self._settle(c, at, found[at])
+        if k in self.values:
+            return float(self.values[k][self.classes[k].blocks[left[0], 0], self.classes[k].blocks[right[0], 0]])
         return float(total[torch.arange(len(left)), p].sum())
 
     def _score(self, k: int, left: Tensor, right: Tensor, allowed: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class Moments:
         total: [n], float64 sum of shifted rows.
         gram: [n, n], float64 sum of outer products of shifted rows.
         widths: (n_a, n_b, ..).
+        turned: whether the tap shows the neurons as turned places make them (keys, say, where others are queries).
     """
 
     count: int
@@ -34,15 +35,16 @@ class Moments:
     total: Tensor
     gram: Tensor
     widths: tuple[int, ...]
+    turned: bool = False
 
     def __add__(self, other: Moments) -> Moments:
         if self.shift is other.shift:  # batches of one stream
             gram = self.gram + other.gram
-            return Moments(self.count + other.count, self.shift, self.total + other.total, gram, self.widths)
+            return replace(self, count=self.count + other.count, total=self.total + other.total, gram=gram)
         d = other.shift - self.shift  # rows of ``other``, seen from this shift
         total = other.total + other.count * d
         gram = other.gram + torch.outer(other.total, d) + torch.outer(d, other.total) + other.count * torch.outer(d, d)
-        return Moments(self.count + other.count, self.shift, self.total + total, self.gram + gram, self.widths)
+        return replace(self, count=self.count + other.count, total=self.total + total, gram=self.gram + gram)
 
     @staticmethod
     def none(shift: Tensor, widths: tuple[int, ...]) -> Moments:
@@ -144,7 +146,7 @@ class Statistics:
             key = f"{k}.{t}."
             tensors |= {key + "shift": m.shift, key + "total": m.total, key + "gram": m.gram}
         said = {
-            "sums": [[k, t, m.count, m.widths] for (k, t), m in self.sums.items()],
+            "sums": [[k, t, m.count, m.widths, m.turned] for (k, t), m in self.sums.items()],
             "samples": self.samples,
             "batches": self.batches,
             "origin": asdict(self.origin),
@@ -174,9 +176,9 @@ class Statistics:
             with safe_open(str(path), "pt") as file:
                 said = json.loads((file.metadata() or {})["fxmerge"])
                 sums = {}
-                for k, t, count, widths in said["sums"]:
+                for k, t, count, widths, turned in said["sums"]:
                     shift, total, gram = (file.get_tensor(f"{k}.{t}.{part}") for part in ("shift", "total", "gram"))
-                    sums[k, t] = Moments(count, shift, total, gram, tuple(widths))
+                    sums[k, t] = Moments(count, shift, total, gram, tuple(widths), turned)
             return Statistics(sums, said["samples"], said["batches"], Origin(**said["origin"]), said["complete"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{path} holds no statistics that fxmerge saved ({told(error)})") from error

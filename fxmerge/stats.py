@@ -34,9 +34,18 @@ def choose_taps(
         seen = [t for t in seen if t.node not in avoid] or seen
         if c.free and seen:
             taps = [t for t in seen if t.kind == kind] or seen
-            step = (len(taps) - 1) / max(most - 1, 1)
-            chosen[k] = tuple(taps) if len(taps) <= most else tuple(taps[round(i * step)] for i in range(most))
+            if not c.turned:
+                chosen[k] = _spread(taps, most)
+                continue
+            parts = [p for t in taps for p in t.parts()]  # both sides by themselves, and as many of each
+            halves = [[p for p in parts if any(p.turned) is side] for side in (False, True)]
+            chosen[k] = tuple(p for half in halves for p in _spread(half, most // 2))
     return chosen
+
+
+def _spread(taps: Sequence[Tap], most: int) -> tuple[Tap, ...]:
+    step = (len(taps) - 1) / max(most - 1, 1)
+    return tuple(taps) if len(taps) <= most else tuple(taps[round(i * step)] for i in range(most))
 
 
 def _from_inputs(classes: AxisClasses) -> set[str]:

@@ -26,7 +26,7 @@ ORDER = """
     errors clock atoms ir linalg running ranks moments
     symbolic batch recorder record guess trace vocabulary shards document fingerprint folder alignment listing
     card export exchange barrier
-    labels rules interpret classes
+    labels rules interpret sides places classes
     alike units coupling layout symmetry stats collect regression interfaces matching descent literals rewrite widths
     affinity cells budget matchers data correspond ensemble repair depth recipe report plan gather provenance pipeline
     sources loaders commands cli api __init__

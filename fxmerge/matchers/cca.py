@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,13 @@ class CCAMerge(AbstractMatcher):
 
     More than two parents: each is mapped to the first. Such maps do not commute with nonlinearities, so a repair is
     needed.
+
+    Inside attention heads they need none: values go through T and the next layer reads them by T^-1, queries go through
+    T and keys through T^-1 transposed. Queries q and keys k cannot both be made white, but alike: with
+    M = P^-1 # Q the geometric mean of P^-1 and Q, P = Cov(q) + gamma I, Q = Cov(k) + gamma I, and G = M^1/2, G q and
+    G^-1 k have one covariance. U V' is that of the sum of both cross covariances after this, and
+    T = G_a^-1 U V' G_b. Neurons that are contracted with themselves (tied embeddings) get gamma = infinity. Heads are
+    matched with heads by the sum of the singular values.
 
     Args:
         gamma: the ridge, relative to the class's mean variance. 0 is plain CCA, infinity the orthogonal Procrustes
@@ -48,24 +56,82 @@ class CCAMerge(AbstractMatcher):
                     f"class '{c.name}' has {c.size} neurons and the data shows them {rows} times, so their covariance "
                     f"has no full rank: give at least {c.size + 1} samples x positions"
                 )
-        return class_by_class(problem, self._solve, str(self))[0]
+        return class_by_class(problem, self._solve, str(self), worth=self._worth)[0]
 
     def _solve(self, affinity: Affinity, shares: Sequence[float], n: int) -> Coupling:
-        own = affinity.between(affinity.centred, 0, 0)
-        merge, unmerge = [shares[0] * torch.eye(n).to(own)], [torch.eye(n).to(own)]
-        for b in range(1, len(affinity.widths)):
-            other, cross = affinity.between(affinity.centred, b, b), affinity.between(affinity.centred, 0, b)
-            (x, x_inverse), (y, y_inverse) = (_roots(s, self.gamma) for s in (own, other))
-            left, _, right = torch.linalg.svd(x_inverse @ cross @ y_inverse)
-            turn = left @ right
-            merge.append(shares[b] * (x @ turn @ y_inverse))
-            unmerge.append(y @ turn.T @ x_inverse)
+        everyone = [torch.arange(w) for w in affinity.widths]
+        frames = [self._frame(affinity, p, at) for p, at in enumerate(everyone)]
+        eye = torch.eye(n).to(affinity.centred)
+        merge, unmerge = [shares[0] * eye], [eye]
+        for b in range(1, len(frames)):
+            turn = _turn(_cross(affinity, frames[0], b, frames[b]))
+            merge.append(shares[b] * (frames[0].back @ turn @ frames[b].forth))
+            unmerge.append(frames[b].back @ turn.T @ frames[0].forth)
         return Coupling(torch.cat(merge, 1).cpu(), torch.cat(unmerge).cpu(), affinity.widths)
 
+    def _worth(self, affinity: Affinity, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+        """The sum of singular values, over what it is where both cells are one."""
+        a, b = ([self._frame(affinity, p, at) for at in cells] for p, cells in enumerate((left, right)))
+        sums = torch.stack([torch.stack([torch.linalg.svdvals(_cross(affinity, x, 1, y)).sum() for y in b]) for x in a])
+        scale = [torch.stack([x.size for x in cells]).clamp_min(1e-30).sqrt() for cells in (a, b)]
+        return sums / torch.outer(*scale) * len(left[0])
 
-def _roots(covariance: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Square root of a covariance with its ridge, and the inverse of that."""
-    values, vectors = torch.linalg.eigh(covariance)
-    mean = float(values.mean().clamp_min(1e-30))
-    root = (values + gamma * mean).clamp_min(1e-10 * mean).sqrt()
+    def _frame(self, affinity: Affinity, p: int, at: Tensor) -> _Frame:
+        """The coordinates in which the neurons ``at`` of parent p are compared."""
+        at = at.to(affinity.centred.device)
+        spread = [affinity.between(m, p, p)[at][:, at] for m in affinity.sides or (affinity.centred,)]
+        eye = torch.eye(len(at)).to(spread[0])
+        if affinity.rigid or self.gamma == float("inf"):
+            forth = back = eye
+        elif affinity.sides is None:
+            back, forth = _roots(_ridged(spread[0], self.gamma))
+        else:
+            root, inverse = _roots(_ridged(spread[0], self.gamma))
+            middle, _ = _roots(root @ _ridged(spread[1], self.gamma) @ root)
+            forth, back = _roots(inverse @ middle @ inverse)
+        views = (forth, back.T)[: len(spread)]
+        size = sum(((w @ s * w).sum() for w, s in zip(views, spread, strict=True)), torch.zeros(()).to(eye))
+        return _Frame(at, forth, back, views, size)
+
+
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    """Coordinates of some neurons: ``forth`` [n, n] leads there and ``back`` is its inverse.
+
+    ``views``: the map of what is compared, for every side that neurons are seen from; ``size`` is the sum of variances.
+    """
+
+    at: Tensor
+    forth: Tensor
+    back: Tensor
+    views: tuple[Tensor, ...]
+    size: Tensor
+
+
+def _cross(affinity: Affinity, a: _Frame, b: int, other: _Frame) -> Tensor:
+    """[n, n]: covariances between neurons of the first parent and of parent b, in their frames, over all sides."""
+    total = torch.zeros(()).to(a.forth)
+    for matrix, x, y in zip(affinity.sides or (affinity.centred,), a.views, other.views, strict=True):
+        total = total + x @ affinity.between(matrix, 0, b)[a.at][:, other.at] @ y.T
+    return total
+
+
+def _turn(cross: Tensor) -> Tensor:
+    """U V' of a singular value decomposition; where that is not determined, the one nearest to the identity."""
+    left, values, right = torch.linalg.svd(cross)
+    shown = int((values > 1e-6 * values[0]).sum())
+    free, _, other = torch.linalg.svd(left[:, shown:].T @ right[shown:].T)
+    return left[:, :shown] @ right[:shown] + left[:, shown:] @ free @ other @ right[shown:]
+
+
+def _ridged(covariance: Tensor, gamma: float) -> Tensor:
+    return covariance + gamma * covariance.diagonal().mean().clamp_min(1e-30) * torch.eye(len(covariance)).to(
+        covariance
+    )
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root of a symmetric positive matrix, and the inverse of that."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root = values.clamp_min(1e-10 * float(values.mean().clamp_min(1e-30))).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T

@@ -83,7 +83,9 @@ class OTFusion(AbstractMatcher):
         widths: dict[int, int] = {}
         if self.width != 1:
             widths = {k: max(1, round(self.width * first[k].size)) for k in resizable(first)}
-        return class_by_class(problem, self._solve, str(self), by=self.cost, sweeps=self.sweeps, widths=widths)[0]
+        return class_by_class(
+            problem, self._solve, str(self), by=self.cost, sweeps=self.sweeps, widths=widths, worth=self._worth
+        )[0]
 
     def _solve(self, affinity: Affinity, shares: Sequence[float], n: int) -> Coupling:
         widths, gram = affinity.widths, affinity.raw
@@ -113,21 +115,36 @@ class OTFusion(AbstractMatcher):
         unmerge = torch.cat([(t / t.sum(0, keepdim=True)).T for t in plans])
         return Coupling(merge.cpu(), unmerge.cpu(), widths)
 
+    def _worth(self, affinity: Affinity, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+        """The least cost of transport between cells, relative to the mean cost in the class; exact whatever ``reg``."""
+        a, b = (affinity.between(affinity.raw, p, p).diagonal() for p in range(2))
+        cost = self._cost(a, b, affinity.between(affinity.raw, 0, 1))
+        found = torch.zeros(len(left), len(right), dtype=torch.float64)
+        for i, x in enumerate(left):
+            for j, y in enumerate(right):
+                part = cost[x][:, y]
+                found[i, j] = (self._coupled(a[x], b[y], part, 0.0) * part).sum()
+        return len(left[0]) * (1 - found / float(cost.mean().clamp_min(1e-30)))
+
     def _plan(self, size_a: Tensor, size_b: Tensor, inner: Tensor) -> Tensor:
         """The plan [n, n_b] from squared norms [n], [n_b] and inner products [n, n_b]."""
+        cost = self._cost(size_a, size_b, inner)
+        return self._coupled(size_a, size_b, cost, self.reg)
+
+    def _cost(self, size_a: Tensor, size_b: Tensor, inner: Tensor) -> Tensor:
         norms = size_a.clamp_min(0)[:, None].sqrt() * size_b.clamp_min(0)[None, :].sqrt()
         if self.metric == "cosine":
             cost = 1 - inner / norms.clamp_min(1e-30)
         else:
             cost = (size_a[:, None] + size_b[None, :] - 2 * inner).clamp_min(0)
-        if self.scale == "log":
-            cost = cost.log1p()
+        return cost.log1p() if self.scale == "log" else cost
+
+    def _coupled(self, size_a: Tensor, size_b: Tensor, cost: Tensor, reg: float) -> Tensor:
         u, v = (self._masses(s) for s in (size_a, size_b))
-        if self.reg == 0 and len(u) == len(v) and self.importance == "uniform":
+        if reg == 0 and len(u) == len(v) and self.importance == "uniform":
             chosen = assignment(-cost).to(cost.device)
             return torch.zeros_like(cost).scatter_(1, chosen[:, None], 1 / len(u))
-        reg = self.reg * float(_SCALES[self.scale](cost) / cost.max().clamp_min(1e-30))
-        return transport(u, v, cost, reg)
+        return transport(u, v, cost, reg * float(_SCALES[self.scale](cost) / cost.max().clamp_min(1e-30)))
 
     def _masses(self, size: Tensor) -> Tensor:
         mass = torch.ones_like(size) if self.importance == "uniform" else size.clamp_min(0).sqrt()
