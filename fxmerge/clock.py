@@ -18,17 +18,24 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._shown = False
         self._bar: tqdm[None] | None = None
 
     @contextmanager
     def shown(self, progress: bool) -> Iterator[None]:
         """Shows the steps that are done meanwhile."""
-        with tqdm(desc="merge", unit=" steps", disable=not progress, leave=False, mininterval=0) as self._bar:
+        self._shown = progress
+        try:
             yield
-        self._bar = None
+        finally:
+            self._shown = False
+            if self._bar is not None:
+                self._bar.close()
 
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:
+        if self._shown and self._bar is None:  # only now: what is refused at once shows no bar
+            self._bar = tqdm(desc="merge", unit=" steps", leave=False)
         if self._bar is not None:
             self._bar.set_postfix_str(step)
         start = time.perf_counter()

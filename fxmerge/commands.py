@@ -175,14 +175,17 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _merged(args: argparse.Namespace, **options: Any) -> tuple[MergeResult, list[nn.Module]]:
-    """The merge that the options ask for."""
+def _merged(args: argparse.Namespace, kept: Path | None = None, **options: Any) -> tuple[MergeResult, list[nn.Module]]:
+    """The merge that the options ask for; ``kept`` is where the statistics are while they are gathered."""
     if len(args.networks) < 2:
         raise InputError(f"merging takes two or more networks, got '{args.networks[0]}' alone")
     recipe = {key: getattr(args, key) for key in ("weights", "heads", "depth", "target", "seed", "device", "strict")}
     recipe |= {"matcher": args.matcher, "repair": None if args.repair == "none" else args.repair}
     chosen = {**read_options(recipe), "verify": not args.no_verify, **options}
     data = _data(args)
+    matcher = chosen.get("matcher")
+    if data is not None and (matcher is None or (matcher != "auto" and matcher.needs_data)):
+        chosen["statistics"] = kept
     networks = _networks(args)
     example = _example(args, networks[0], data)
     result = merge(*networks, example_inputs=example, data=data, progress=not args.quiet, **chosen)
@@ -229,8 +232,21 @@ def _merge(args: argparse.Namespace) -> int:
     folder = Path(args.output)
     export.require_free(folder)
     recipe = _recipe(args, folder)
-    result, networks = _merged(args)
+    kept = folder.with_name(f"{folder.name}.statistics.safetensors")
+    if kept.exists() != args.resume:
+        raise InputError(
+            f"there is no {kept} to go on with: leave out --resume"
+            if args.resume
+            else f"{kept} is left from an interrupted merge: go on with it by --resume, or remove it"
+        )
+    try:
+        result, networks = _merged(args, kept)
+    except KeyboardInterrupt:
+        if kept.exists():
+            print(f"fxmerge: the statistics gathered so far are in {kept}; --resume goes on", file=sys.stderr)
+        raise
     result.save(folder, extra=recipe)
+    kept.unlink(missing_ok=True)
     sizes = [(text, _parameters(n)) for text, n in zip(args.networks, networks, strict=True)]
     sizes.append((str(folder), _parameters(result.module)))
     text = f"{result.report}\n\nwritten to {folder}"

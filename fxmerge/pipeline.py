@@ -154,83 +154,84 @@ def merge(
         return _best(models, **options)
     given = {key: value for key, value in locals().items() if key in OPTIONS}
     clock = Clock()
-    plan = make_plan(
-        models,
-        example_inputs,
-        data,
-        matcher,
-        weights,
-        input_fn,
-        verify,
-        strict,
-        device,
-        seed,
-        progress,
-        clock,
-        repair,
-        heads,
-        depth,
-        target,
-        statistics,
-    )
-    with preserved(*models), clock("fuse"):
-        idle = plan.problem.idle
-        state = fuse(plan.classes, plan.fused, plan.alignment, plan.problem.states, plan.weights, idle)
-        _keep_variances(state, plan)
-        module = rewrite(plan.classes[0], state, plan.fused).to(plan.device)
-        fused = replace(plan.fused, traced=replace(plan.fused.traced, graph_module=module, source=module))
-        require_runs(fused)
-    with preserved(*models), clock("repair"):
-        before = _variances(module, plan)
-        said = "none"
-        chosen = _default_repair(module, plan) if repair == "auto" else repair
-        if chosen is not None:
-            if plan.batches is None:
-                raise InputError(f"{chosen} needs data: pass data=loader, or repair=None")
-            context = Context(
-                plan.classes,
-                fused,
-                plan.alignment,
-                plan.weights,
-                plan.batches,
-                plan.feed,
-                plan.device,
-                seed,
-                progress,
-            )
-            said = chosen.repair(module, context)
-        elif repair == "auto":
-            said = "none (pass data=loader to re-estimate statistics)" if plan.batches is None else "none needed"
-        with torch.no_grad():  # rounding may differ between machines
-            values = list(dict.fromkeys(full_state(module).values()))
-            for value, same in zip(values, from_first(values), strict=True):
-                if same is not value:
-                    value.copy_(same)
-        finite = {n: v.isfinite().all() for n, v in full_state(module).items() if v.is_floating_point()}
-        for name, good in zip(finite, torch.stack(list(finite.values())).tolist() if finite else (), strict=True):
-            if not good:
-                raise InputError(f"'{name}' holds NaN or inf after the repair: check the data for such values")
-        after = _variances(module, plan) if said != "none" else before
-    variance = {n: (before[n], after[n]) for n in before}
-    if heads == "separate":
-        separate(fused, plan.alignment, plan.problem.apart)
-    module.to(plan.home)
-    traced = plan.classes[0].traced
-    report = Report(
-        tuple(type(m).__name__ for m in models),
-        plan.given(plan.weights),
-        fused,
-        plan.alignment,
-        plan.given(plan.verifications),
-        said,
-        variance,
-        clock.seconds,
-        plan.depth,
-        (*traced.notes, *plan.notes, *plan.alignment.notes),
-    )
-    with preserved(*models):
-        options = {**given, "matcher": plan.matcher, "repair": chosen}
-        recipe = provenance(models, options, input_fn, plan.data, report)
+    with clock.shown(progress):
+        plan = make_plan(
+            models,
+            example_inputs,
+            data,
+            matcher,
+            weights,
+            input_fn,
+            verify,
+            strict,
+            device,
+            seed,
+            progress,
+            clock,
+            repair,
+            heads,
+            depth,
+            target,
+            statistics,
+        )
+        with preserved(*models), clock("fuse"):
+            idle = plan.problem.idle
+            state = fuse(plan.classes, plan.fused, plan.alignment, plan.problem.states, plan.weights, idle)
+            _keep_variances(state, plan)
+            module = rewrite(plan.classes[0], state, plan.fused).to(plan.device)
+            fused = replace(plan.fused, traced=replace(plan.fused.traced, graph_module=module, source=module))
+            require_runs(fused)
+        with preserved(*models), clock("repair"):
+            before = _variances(module, plan)
+            said = "none"
+            chosen = _default_repair(module, plan) if repair == "auto" else repair
+            if chosen is not None:
+                if plan.batches is None:
+                    raise InputError(f"{chosen} needs data: pass data=loader, or repair=None")
+                context = Context(
+                    plan.classes,
+                    fused,
+                    plan.alignment,
+                    plan.weights,
+                    plan.batches,
+                    plan.feed,
+                    plan.device,
+                    seed,
+                    progress,
+                )
+                said = chosen.repair(module, context)
+            elif repair == "auto":
+                said = "none (pass data=loader to re-estimate statistics)" if plan.batches is None else "none needed"
+            with torch.no_grad():  # rounding may differ between machines
+                values = list(dict.fromkeys(full_state(module).values()))
+                for value, same in zip(values, from_first(values), strict=True):
+                    if same is not value:
+                        value.copy_(same)
+            finite = {n: v.isfinite().all() for n, v in full_state(module).items() if v.is_floating_point()}
+            for name, good in zip(finite, torch.stack(list(finite.values())).tolist() if finite else (), strict=True):
+                if not good:
+                    raise InputError(f"'{name}' holds NaN or inf after the repair: check the data for such values")
+            after = _variances(module, plan) if said != "none" else before
+        variance = {n: (before[n], after[n]) for n in before}
+        if heads == "separate":
+            separate(fused, plan.alignment, plan.problem.apart)
+        module.to(plan.home)
+        traced = plan.classes[0].traced
+        report = Report(
+            tuple(type(m).__name__ for m in models),
+            plan.given(plan.weights),
+            fused,
+            plan.alignment,
+            plan.given(plan.verifications),
+            said,
+            variance,
+            clock.seconds,
+            plan.depth,
+            (*traced.notes, *plan.notes, *plan.alignment.notes),
+        )
+        with preserved(*models):
+            options = {**given, "matcher": plan.matcher, "repair": chosen}
+            recipe = provenance(models, options, input_fn, plan.data, report)
     return MergeResult(module, plan.alignment, report, recipe)
 
 

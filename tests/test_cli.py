@@ -23,6 +23,15 @@ def broken():
 def batches():
     import torch
     return [torch.zeros(4, 6)]
+class stopping:
+    # interrupted behind the second batch, unless the file "quiet" is there
+    def __iter__(self):
+        import pathlib, torch
+        draw = torch.Generator().manual_seed(0)
+        for number in range(4):
+            if number == 2 and not pathlib.Path("quiet").exists():
+                raise KeyboardInterrupt
+            yield torch.randn(8, 6, generator=draw)
 """
 
 
@@ -114,6 +123,23 @@ def test_the_recipe_beside_a_result_makes_it_again(here, capsys):
     assert run(capsys, "merge", *recipe, "--trust-code", "--matcher", "Average", "-o", "third")[0] == 0
     third = fxmerge.load(here / "third").state_dict()
     assert not all(torch.equal(first[key], third[key]) for key in first), "what is given wins over the recipe"
+
+
+def test_an_interrupted_merge_goes_on_where_it_was(here, capsys):
+    merge = ["merge", *PAIR, "--data", "nets.py:stopping", "--repair", "none", "-q"]
+    kept = here / "out.statistics.safetensors"
+    code, _, err = run(capsys, *merge, "-o", "out")
+    assert code == 130
+    assert "--resume" in err
+    assert (fxmerge.Statistics.load(kept).batches, (here / "out").exists()) == (2, False)
+    (here / "quiet").touch()
+    assert run(capsys, *merge, "-o", "out")[0] == 1, "what was gathered is not thrown away unasked"
+    assert run(capsys, *merge, "-o", "out", "--resume")[0] == 0
+    assert not kept.exists()
+    assert run(capsys, *merge, "-o", "whole")[0] == 0
+    resumed, whole = (fxmerge.load(here / name).state_dict() for name in ("out", "whole"))
+    assert all(torch.allclose(resumed[key], whole[key], rtol=1e-6) for key in whole)
+    assert run(capsys, *merge, "-o", "again", "--resume")[0] == 1, "there is nothing to go on with"
 
 
 def test_barrier_of_two_networks(here, capsys):
