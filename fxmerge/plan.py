@@ -60,6 +60,7 @@ class Plan:
     notes: tuple[str, ...]
     order: tuple[int, ...]
     depth: tuple[Link, ...]
+    inserted: tuple[frozenset[str], ...]
     matcher: AbstractMatcher
     data: Mapping[str, Any] | None
 
@@ -211,6 +212,7 @@ def make_plan(
         notes,
         tuple(order),
         tuple(links),
+        tuple(frozenset(n for u in g.inserted for n in u.nodes) for g in grown) or (frozenset(),) * len(models),
         matcher,
         seen,
     )
