@@ -63,7 +63,7 @@ class MergeResult:
         """Writes everything into a new folder, which appears whole; ``fxmerge.load`` brings the module back.
 
         Args:
-            folder: gets model.safetensors, graph.json, recipe.json, module.py, README.md, report.html and manifest.json.
+            folder: gets the tensors, graph.json, recipe.json, module.py, README.md, report.html and manifest.json.
             alignment: store the couplings too; ``fxmerge.load_alignment`` reads them.
             shard_size: bytes of tensors in one file, or a size such as "5GB".
             extra: further files by name: their texts.
