@@ -175,7 +175,7 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _merged(args: argparse.Namespace, kept: Path | None = None, **options: Any) -> tuple[MergeResult, list[nn.Module]]:
+def _merged(args: argparse.Namespace, kept: Path | None = None, **options: Any) -> MergeResult:
     """The merge that the options ask for; ``kept`` is where the statistics are while they are gathered."""
     if len(args.networks) < 2:
         raise InputError(f"merging takes two or more networks, got '{args.networks[0]}' alone")
@@ -188,11 +188,10 @@ def _merged(args: argparse.Namespace, kept: Path | None = None, **options: Any) 
         chosen["statistics"] = kept
     networks = _networks(args)
     example = _example(args, networks[0], data)
-    result = merge(*networks, example_inputs=example, data=data, progress=not args.quiet, **chosen)
-    return result, networks
+    return merge(*networks, example_inputs=example, data=data, progress=not args.quiet, **chosen)
 
 
-def _result_facts(result: MergeResult, rows: Sequence[tuple[str, int]]) -> dict[str, Any]:
+def _result_facts(result: MergeResult, names: Sequence[str]) -> dict[str, Any]:
     report = result.report
     classes = [
         {"name": c.name, "neurons": c.size, "match": report.alignment.quality.get(k)}
@@ -202,7 +201,7 @@ def _result_facts(result: MergeResult, rows: Sequence[tuple[str, int]]) -> dict[
     return {
         "method": report.alignment.method,
         "repair": report.repair,
-        "sizes": dict(rows),
+        "sizes": [{"network": n, **dataclasses.asdict(s)} for n, s in zip(names, report.sizes, strict=True)],
         "classes": classes,
         "free": report.classes.free,
         "total": report.classes.total,
@@ -212,17 +211,15 @@ def _result_facts(result: MergeResult, rows: Sequence[tuple[str, int]]) -> dict[
     }
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
 def _plan(args: argparse.Namespace) -> int:
-    result, networks = _merged(args, repair=None)
-    sizes = [(text, _parameters(n)) for text, n in zip(args.networks, networks, strict=True)]
-    sizes.append(("the result", _parameters(result.module)))
-    rows = [("network", "parameters"), *((name, f"{n:,}") for name, n in sizes)]
-    text = f"{result.report}\n\n{table(rows, right=(1,))}\nnothing was written"
-    _say(args, "" if args.quiet else text, _result_facts(result, sizes))
+    result = _merged(args, repair=None)
+    names = [*args.networks, "the result"]
+    rows: list[tuple[object, ...]] = [("network", "parameters", "MB", "GFLOP a run")]
+    for name, size in zip(names, result.report.sizes, strict=True):
+        flops = "not counted" if size.flops is None else f"{size.flops / 1e9:.3g}"
+        rows.append((name, f"{size.parameters:,}", f"{size.bytes / 1e6:.3g}", flops))
+    text = f"{result.report}\n\n{table(rows, right=(1, 2, 3))}\nnothing was written"
+    _say(args, "" if args.quiet else text, _result_facts(result, names))
     return 0
 
 
@@ -240,17 +237,15 @@ def _merge(args: argparse.Namespace) -> int:
             else f"{kept} is left from an interrupted merge: go on with it by --resume, or remove it"
         )
     try:
-        result, networks = _merged(args, kept)
+        result = _merged(args, kept)
     except KeyboardInterrupt:
         if kept.exists():
             print(f"fxmerge: the statistics gathered so far are in {kept}; --resume goes on", file=sys.stderr)
         raise
     result.save(folder, extra=recipe)
     kept.unlink(missing_ok=True)
-    sizes = [(text, _parameters(n)) for text, n in zip(args.networks, networks, strict=True)]
-    sizes.append((str(folder), _parameters(result.module)))
-    text = f"{result.report}\n\nwritten to {folder}"
-    _say(args, "" if args.quiet else text, {**_result_facts(result, sizes), "output": str(folder)})
+    facts = {**_result_facts(result, [*args.networks, str(folder)]), "output": str(folder)}
+    _say(args, "" if args.quiet else f"{result.report}\n\nwritten to {folder}; its report.html shows more", facts)
     return 0
 
 

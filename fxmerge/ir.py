@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxmerge.markup import element, table
+
 OUTPUT = "the network's output"
 """Why an output neuron stays in place."""
 
@@ -161,8 +163,9 @@ class AxisClasses:
                 found.setdefault(site.parameter, []).append((site, k, index))
         return found
 
-    def __str__(self) -> str:
-        rows = [("class", "neurons", "sites", "")]
+    def _rows(self) -> list[tuple[str, int, int, str]]:
+        """Name, set in under its blocks, neurons, sites, and whether they may move."""
+        rows: list[tuple[str, int, int, str]] = []
 
         def walk(index: int, depth: int) -> None:
             c = self.classes[index]
@@ -171,7 +174,7 @@ class AxisClasses:
                 note = "free blocks of " + ", ".join(
                     f"{self[k].size // max(c.size, 1)}" for k in inner if len(self[k].parents) == 1
                 )
-            rows.append(("  " * depth + c.name, str(c.size), str(len(c.sites)), note))
+            rows.append(("  " * depth + c.name, c.size, len(c.sites), note))
             for k in self.children(index):
                 if self[k].parents[0] == index:
                     walk(k, depth + 1)
@@ -179,6 +182,15 @@ class AxisClasses:
         for k, c in enumerate(self.classes):
             if not c.parents:
                 walk(k, 0)
+        return rows
+
+    def _repr_html_(self) -> str:
+        rows = [(element("span", name, style="white-space: pre"), *rest) for name, *rest in self._rows()]
+        found = table(("class", "neurons", "sites", ""), rows, right=(1, 2))
+        return element("details", element("summary", f"{self.free} of {self.total} neurons are free"), found, open="")
+
+    def __str__(self) -> str:
+        rows = [("class", "neurons", "sites", ""), *(tuple(map(str, row)) for row in self._rows())]
         widths = [max(len(r[i]) for r in rows) for i in range(3)]
         lines = [f"{r[0]:<{widths[0]}}  {r[1]:>{widths[1]}}  {r[2]:>{widths[2]}}  {r[3]}".rstrip() for r in rows]
         lines.insert(1, "-" * max(map(len, lines)))

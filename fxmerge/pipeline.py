@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from fxmerge import exchange, export
+from fxmerge.barrier import Barrier
 from fxmerge.clock import Clock
 from fxmerge.coupling import fuse
 from fxmerge.data import feeder, reusable
@@ -31,6 +32,7 @@ from fxmerge.repair.batchnorm import batchnorms
 from fxmerge.report import Report
 from fxmerge.rewrite import rewrite
 from fxmerge.running import device_of, evaluating, preserved
+from fxmerge.size import sizes
 from fxmerge.stats import listen
 from fxmerge.symmetry import full_state, load_state
 from fxmerge.widths import require_runs, separate
@@ -59,19 +61,30 @@ class MergeResult:
         alignment: bool = False,
         shard_size: int | str = export.SHARD_SIZE,
         extra: Mapping[str, str] | None = None,
+        barrier: Barrier | None = None,
     ) -> Path:
         """Writes everything into a new folder, which appears whole; ``fxmerge.load`` brings the module back.
 
         Args:
-            folder: gets model.safetensors, graph.json, recipe.json, module.py, README.md and manifest.json.
+            folder: gets the tensors, graph.json, recipe.json, module.py, README.md, report.html and manifest.json.
             alignment: store the couplings too; ``fxmerge.load_alignment`` reads them.
             shard_size: bytes of tensors in one file, or a size such as "5GB".
             extra: further files by name: their texts.
+            barrier: what ``evaluate_barrier`` found between the networks, to be drawn in report.html.
         """
         couplings = self.alignment if alignment else None
         return export.save(
-            self.module, folder, recipe=self.recipe, alignment=couplings, shard_size=shard_size, extra=extra
+            self.module,
+            folder,
+            recipe=self.recipe,
+            report=self.report.html(barrier),
+            alignment=couplings,
+            shard_size=shard_size,
+            extra=extra,
         )
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
     def export_onnx(self, path: str | Path) -> Path:
         """Writes an ONNX file with a dynamic batch dimension; needs the extra ``onnx``."""
@@ -180,7 +193,7 @@ def merge(
             _keep_variances(state, plan)
             module = rewrite(plan.classes[0], state, plan.fused).to(plan.device)
             fused = replace(plan.fused, traced=replace(plan.fused.traced, graph_module=module, source=module))
-            require_runs(fused)
+            fused = replace(fused, traced=replace(fused.traced, shapes=require_runs(fused)))
         with preserved(*models), clock("repair"):
             before = _variances(module, plan)
             said = "none"
@@ -217,6 +230,8 @@ def merge(
             separate(fused, plan.alignment, plan.problem.apart)
         module.to(plan.home)
         traced = plan.classes[0].traced
+        with preserved(*models), clock("size"):
+            measured = sizes((*models, module), traced.args, traced.kwargs)
         report = Report(
             tuple(type(m).__name__ for m in models),
             plan.given(plan.weights),
@@ -227,6 +242,9 @@ def merge(
             variance,
             clock.seconds,
             plan.depth,
+            plan.order,
+            plan.given(plan.inserted),
+            measured,
             (*traced.notes, *plan.notes, *plan.alignment.notes),
         )
         with preserved(*models):

@@ -60,6 +60,7 @@ class Prepared:
     notes: tuple[str, ...]
     order: tuple[int, ...]
     depth: tuple[Link, ...]
+    inserted: tuple[frozenset[str], ...]
     matcher: AbstractMatcher
     data: Mapping[str, Any] | None
 
@@ -257,6 +258,7 @@ def prepare(
         notes,
         tuple(order),
         tuple(links),
+        tuple(frozenset(n for u in g.inserted for n in u.nodes) for g in grown) or (frozenset(),) * len(models),
         matcher,
         seen,
     )

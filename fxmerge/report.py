@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from fxmerge.depth import Link
+from fxmerge.barrier import Barrier
 from fxmerge.errors import InputError
-from fxmerge.ir import Alignment, AxisClasses
-from fxmerge.symmetry import Verification
+from fxmerge.facts import Facts
 
 
 def table(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
@@ -27,32 +27,34 @@ def table(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Report:
-    """The merge in figures; ``print`` it.
+class Report(Facts):
+    """The merge in figures: ``print`` it, or look at it in a browser."""
 
-    Attributes:
-        parents: names of the parents' types.
-        weights: their shares.
-        classes: of the first parent.
-        alignment: method, couplings and match quality per class.
-        verifications: one per parent, empty where switched off.
-        repair: what was repaired, in words.
-        variance: node -> (before, after repair): variance of the fused activations over the parents' mean variance.
-        seconds: per step.
-        depth: how stages of different depth were aligned.
-        notes: everything else a reader should know.
-    """
+    def html(self, barrier: Barrier | None = None) -> str:
+        """One page with tables and pictures, which needs no other file and no network.
 
-    parents: tuple[str, ...]
-    weights: tuple[float, ...]
-    classes: AxisClasses
-    alignment: Alignment
-    verifications: tuple[Verification, ...]
-    repair: str
-    variance: Mapping[str, tuple[float, float]]
-    seconds: Mapping[str, float]
-    depth: tuple[Link, ...]
-    notes: tuple[str, ...] = field(default=())
+        Args:
+            barrier: what ``evaluate_barrier`` found between the networks, to be drawn on the page.
+        """
+        from fxmerge.page import page
+
+        return page(self, barrier)
+
+    def to_html(self, path: str | Path, barrier: Barrier | None = None) -> Path:
+        """Writes ``html(barrier)`` to a file and returns its path."""
+        path = Path(path)
+        partial = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
+        try:
+            partial.write_text(self.html(barrier), encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    def _repr_html_(self) -> str:
+        from fxmerge.page import summary
+
+        return summary(self)
 
     def plot_depth(self, path: str | Path) -> None:
         """Writes a picture of every stage's costs with the chosen layers marked; needs matplotlib.

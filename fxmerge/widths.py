@@ -18,6 +18,7 @@ from fxmerge.layout import resized
 from fxmerge.rewrite import rewrite
 from fxmerge.running import bind, call, evaluating, fresh
 from fxmerge.symmetry import full_state
+from fxmerge.trace import ShapeInterpreter
 
 
 def shapes(fused: AxisClasses, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -116,13 +117,14 @@ def _works(classes: AxisClasses, group: Sequence[int]) -> bool:
     )
 
 
-def require_runs(fused: AxisClasses) -> None:
-    """The fused network must run on the example inputs."""
+def require_runs(fused: AxisClasses) -> Mapping[str, tuple[int, ...]]:
+    """The fused network must run on the example inputs; the shapes of its nodes."""
     traced = fused.traced
+    interpreter = ShapeInterpreter(traced.graph_module)
     try:
         with evaluating(traced.graph_module):
             args = bind(traced.graph_module.graph, fresh(traced.args), fresh(dict(traced.kwargs)))
-            fx.Interpreter(traced.graph_module).run(*args)
+            interpreter.run(*args)
     except FxMergeError:
         raise
     except Exception as error:
@@ -130,6 +132,7 @@ def require_runs(fused: AxisClasses) -> None:
             f"the network does not run at its new widths: {told(error)}. Its graph holds a size as a number; use a "
             "matcher that keeps widths"
         ) from error
+    return interpreter.shapes
 
 
 def separate(fused: AxisClasses, alignment: Alignment, heads: Iterable[int]) -> None:
