@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fxmerge.classes import infer_classes
-from fxmerge.collect import collect, origin_of
 from fxmerge.clock import Clock
+from fxmerge.collect import collect, origin_of
 from fxmerge.correspond import alike_in_names, require_same_structure
 from fxmerge.coupling import side_by_side
 from fxmerge.data import feeder, reusable, try_batch
