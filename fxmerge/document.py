@@ -27,7 +27,8 @@ from fxmerge.vocabulary import ATTRIBUTES, function, function_name, methods, mod
 VERSION = 1
 GRAPH = "graph.json"
 # What a value that does not belong makes Python and torch raise.
-_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_FAULTS: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError)
+_FAULTS += (TypeError, ValueError, SyntaxError, MemoryError)  # the last two where a nest is too deep to compile
 # Arguments that say how many layers a constructor makes: a file must not keep one busy for ever.
 _COUNTS, _MOST = frozenset({"num_layers", "num_encoder_layers", "num_decoder_layers"}), 1000
 

@@ -691,6 +691,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: edit(f, lambda d: node(d, "bn").update(args=[{"node": "gone"}])), "node 'bn' .*KeyError: 'gone'"),
     (lambda f: edit(f, lambda d: node(d, "bn").update(args=[{"sorted": []}])), "node 'bn' .*KeyError: 'sorted'"),
     (lambda f: edit(f, lambda d: node(d, "bn").update(args=[{"node": "x", "a": 1}])), "node 'bn' .*ValueError"),
+    (lambda f: edit(f, lambda d: node(d, "bn").update(args=json.loads("[" * 250 + "]" * 250))), "too many nested"),
     (lambda f: edit(f, lambda d: node(d, "bn").update(target="gone")), "node 'bn' .*'gone'"),
     (lambda f: edit(f, lambda d: node(d, "bn").update(target="fc.weight")), "'fc.weight' is a Parameter"),
     (lambda f: edit(f, lambda d: node(d, "bn").update(target="")), "node 'bn'"),
