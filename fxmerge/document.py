@@ -27,12 +27,15 @@ from fxmerge.vocabulary import ATTRIBUTES, function, function_name, methods, mod
 VERSION = 1
 GRAPH = "graph.json"
 # What a value that does not belong makes Python and torch raise.
-_FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_FAULTS: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError)
+_FAULTS += (TypeError, ValueError, SyntaxError, MemoryError)  # the last two where a nest is too deep to compile
+# Arguments that say how many layers a constructor makes: a file must not keep one busy for ever.
+_COUNTS, _MOST = frozenset({"num_layers", "num_encoder_layers", "num_decoder_layers"}), 1000
 
 
 def _constant(kind: type) -> tuple[type, Callable[[Any], Any], Callable[[Any], Any]]:
     def read(name: str) -> Any:
-        if isinstance(value := getattr(torch, name, None), kind):
+        if isinstance(value := vars(torch).get(name), kind):  # getattr would import some names
             return value
         raise FormatError(f"{name!r} is no {kind.__name__} of torch")
 
@@ -80,6 +83,8 @@ def decode(value: Any, nodes: Mapping[str, fx.Node] | None = None) -> Any:
     if not isinstance(value, dict):
         return value
     [(tag, content)] = value.items()
+    if tag == "range" and nodes is None:
+        raise FormatError("a range is no argument of a module: some count through it to the end")
     if tag == "node" and nodes is not None:
         return nodes[content]
     if tag == "module" and nodes is None:
@@ -257,6 +262,9 @@ def rebuild(document: Any, stored: Mapping[str, Tensor]) -> fx.GraphModule:
 def construct(spec: Mapping[str, Any]) -> nn.Module:
     """A module of the class in ``spec`` on the meta device, made by its constructor alone."""
     arguments = {_name(key): decode(value) for key, value in spec.get("args", {}).items()}
+    for key in _COUNTS & arguments.keys():
+        if isinstance(arguments[key], int) and arguments[key] > _MOST:
+            raise FormatError(f"{spec['class']} with {key}={arguments[key]}: at most {_MOST} layers can be stored")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from keyword import iskeyword
 from types import ModuleType
@@ -83,7 +84,9 @@ def _made(spec: Mapping[str, Any] | None, indent: int) -> str:
         cls = module_class(spec["class"])
         known = inspect.signature(cls).parameters
         given = {key: value for key, value in spec.get("args", {}).items() if not _is_default(known.get(key), value)}
-        name = f"nn.{cls.__name__}" if getattr(nn, cls.__name__, None) is cls else spec["class"]
+        short = {"nn": nn, "torchvision.ops": sys.modules.get("torchvision.ops")}
+        spaces = (space for space, members in short.items() if getattr(members, cls.__name__, None) is cls)
+        name = next((f"{space}.{cls.__name__}" for space in spaces), spec["class"])
         return f"{name}({', '.join(f'{key}={_written(value)}' for key, value in given.items())})"
     children = spec.get("children", {})
     if not children:
@@ -122,7 +125,7 @@ def _differing(spec: Mapping[str, Any], path: str) -> Iterator[str]:
         if key != "training":
             yield f"{path}.{key} = {_written(value)}"
     built = spec.get("children", {})
-    if spec["class"] != _PLAIN:
+    if spec["class"] != _PLAIN and built:
         usual = describe_module(construct(spec), "", set(), inside=True)["children"]
         for key, child in built.items():
             if _bare(child) != _bare(usual.get(key)):
@@ -166,7 +169,8 @@ def _tensors(spec: Mapping[str, Any], records: Mapping[str, Any]) -> Iterator[st
             continue
         empty = f"torch.empty({record['shape']}, dtype={dtype})"
         if kind == "parameter":
-            yield f"{owner}.{key} = nn.Parameter({empty}{'' if grad else ', requires_grad=False'})"
+            made_of = f"nn.Parameter({empty}{'' if grad else ', requires_grad=False'})"
+            yield f"{owner}.{key} = {made_of}" if _is_name(key) else f"{owner}.register_parameter({key!r}, {made_of})"
         elif kind == "buffer":
             yield f"{owner}.register_buffer({key!r}, {empty}{'' if record['persistent'] else ', persistent=False'})"
         else:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -16,7 +17,7 @@ from fxmerge.ir import Traced
 from fxmerge.recipe import describe_options
 from fxmerge.report import Report
 
-_PACKAGES = ("fxmerge", "torch", "numpy", "scipy", "pot")
+_PACKAGES = ("fxmerge", "numpy", "scipy", "pot")
 
 
 def provenance(
@@ -46,7 +47,11 @@ def provenance(
         "input_fn": None if input_fn is None else getattr(input_fn, "__qualname__", type(input_fn).__name__),
         "inputs": _inputs(classes.traced),
         "data": data and dict(data),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,  # with the build, which the package's own number leaves out
+            **{name: _version(name) for name in _PACKAGES},
+        },
         "result": {
             "method": report.alignment.method,
             "shares": list(report.weights),

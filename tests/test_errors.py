@@ -232,6 +232,7 @@ def test_parents_are_as_they_were_after_an_error(name):
 
 
 def test_every_error_of_the_package_is_an_fxmergeerror():
-    errors = [e for e in vars(fxmerge).values() if isinstance(e, type) and issubclass(e, Exception)]
+    public = [getattr(fxmerge, name) for name in fxmerge.__all__]
+    errors = [e for e in public if isinstance(e, type) and issubclass(e, Exception)]
     assert len(errors) > 6
     assert all(issubclass(e, (FxMergeError, UserWarning)) for e in errors)

@@ -57,7 +57,31 @@ def assert_comes_back(module: fx.GraphModule, folder: Path, *inputs: Any) -> fx.
         outputs.append(pytree.tree_leaves(m(*copy.deepcopy(inputs))))
     torch.testing.assert_close(*outputs, rtol=0, atol=0, equal_nan=True)
     assert all(torch.equal(v, back.state_dict()[k]) for k, v in module.state_dict().items())  # running statistics too
+    assert_source_is_alike(folder / "module.py", back, inputs)
     return back
+
+
+def assert_source_is_alike(file: Path, module: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+    """The file for people runs, and makes a network with the same keys, modes and outputs."""
+    space: dict[str, Any] = {"__name__": "read"}
+    exec(compile(file.read_text(encoding="utf-8"), file, "exec"), space)
+    net = space[type(module).__name__]()
+    tensors, made = module.state_dict(), net.state_dict()
+    assert {n: (t.dtype, t.shape) for n, t in made.items()} == {n: (t.dtype, t.shape) for n, t in tensors.items()}
+    assert {n: m.training for n, m in net.named_modules()} == {n: m.training for n, m in module.named_modules()}
+    grads = [{n: p.requires_grad for n, p in m.named_parameters(remove_duplicate=False)} for m in (net, module)]
+    assert grads[0] == grads[1]
+    net.load_state_dict(tensors)
+    for name, buffer in module.named_buffers():
+        net.get_buffer(name).copy_(buffer)  # those outside the state_dict
+    for node in module.graph.find_nodes(op="get_attr"):  # and constants
+        value, own = (operator.attrgetter(node.target)(m) for m in (module, net))
+        own.data.copy_(value)
+    outputs = []
+    for m in (module, net):
+        torch.manual_seed(0)
+        outputs.append(pytree.tree_leaves(copy.deepcopy(m)(*copy.deepcopy(inputs))))
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6, equal_nan=True)  # strides are not in the source
 
 
 def calling(leaf: nn.Module, inputs: int = 1) -> fx.GraphModule:
@@ -667,6 +691,7 @@ DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda f: edit(f, lambda d: node(d, "bn").update(args=[{"node": "gone"}])), "node 'bn' .*KeyError: 'gone'"),
     (lambda f: edit(f, lambda d: node(d, "bn").update(args=[{"sorted": []}])), "node 'bn' .*KeyError: 'sorted'"),
     (lambda f: edit(f, lambda d: node(d, "bn").update(args=[{"node": "x", "a": 1}])), "node 'bn' .*ValueError"),
+    (lambda f: edit(f, lambda d: node(d, "bn").update(args=json.loads("[" * 250 + "]" * 250))), "too many nested"),
     (lambda f: edit(f, lambda d: node(d, "bn").update(target="gone")), "node 'bn' .*'gone'"),
     (lambda f: edit(f, lambda d: node(d, "bn").update(target="fc.weight")), "'fc.weight' is a Parameter"),
     (lambda f: edit(f, lambda d: node(d, "bn").update(target="")), "node 'bn'"),

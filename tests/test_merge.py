@@ -445,12 +445,11 @@ def test_a_result_is_saved_and_loaded(tmp_path):
     same(module, result.module)
     torch.testing.assert_close(module(X), result.module(X), rtol=0, atol=0)
     recipe = json.loads((folder / "recipe.json").read_text())
-    told = recipe["result"]
-    assert told["method"] == "ActivationMatching()"
-    assert told["shares"] == [0.75, 0.25]
+    assert recipe["result"]["method"] == "ActivationMatching()"
+    assert (recipe["weights"], recipe["result"]["shares"]) == ([3, 1], [0.75, 0.25])
     assert [parent["model"] for parent in recipe["parents"]] == ["Net", "Net"]
-    assert "BatchNorm" in told["repair"]
-    assert set(told["quality"]) == {c.name for c in result.report.classes if c.free}
+    assert recipe["repair"] == {"name": "ResetBatchNorm", "options": {}}
+    assert set(recipe["result"]["quality"]) == {c.name for c in result.report.classes if c.free}
     assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "graph.json", "recipe.json", "report.html"}
 
 
