@@ -18,6 +18,7 @@ from fxmerge.errors import (
 from fxmerge.export import load, save
 from fxmerge.pipeline import MergeResult, align, merge
 from fxmerge.rules import rule
+from fxmerge.stored import on_disk
 from fxmerge.symmetry import permute, verify
 from fxmerge.units import find_stages
 
@@ -42,6 +43,7 @@ __all__ = [
     "load",
     "load_alignment",
     "merge",
+    "on_disk",
     "permute",
     "rule",
     "save",

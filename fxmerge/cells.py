@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fxmerge.affinity import Affinity, from_moments, from_weights
-from fxmerge.coupling import among, permuted, side_by_side
+from fxmerge.coupling import Permuted, among, side_by_side
 from fxmerge.interfaces import Problem
 from fxmerge.ir import Alignment, AxisClasses, Coupling
 from fxmerge.linalg import assignment
@@ -116,7 +116,7 @@ def _kept(problem: Problem, k: int) -> Coupling:
     sizes = [p[k].size for p in problem.classes]
     if k in problem.apart or len(set(sizes)) > 1:
         return side_by_side(sizes)
-    return permuted([torch.arange(sizes[0])] * len(sizes), problem.shares[k])
+    return Permuted([torch.arange(sizes[0])] * len(sizes), problem.shares[k])
 
 
 def permutations(affinity: Affinity) -> list[Tensor]:
@@ -148,10 +148,10 @@ def _family(
     for b in range(1, len(problem.classes)):
         scores = {k: seen[k].between(seen[k].score, 0, b) for k in family if k in seen}
         placed.append(match_family(first, family, scores))
-    out = {}
+    out: dict[int, Coupling] = {}
     for k in family:
         if k not in seen or first.children(k):
-            out[k] = permuted([p[k] for p in placed], shares[k])
+            out[k] = Permuted([p[k] for p in placed], shares[k])
         else:
             out[k] = _celled(first, k, placed, seen[k], shares[k], solve)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import nn
 
 from fxmerge.classes import infer_classes
 from fxmerge.correspond import alike_in_names, require_same_structure
-from fxmerge.coupling import side_by_side
+from fxmerge.coupling import Permuted, side_by_side
 from fxmerge.data import feeder, reusable, try_batch
 from fxmerge.depth import CLAFusion, Grown, Link, balanced
 from fxmerge.errors import FxMergeWarning, InputError, VerifyError, one_of
@@ -25,9 +26,10 @@ from fxmerge.ir import OUTPUT, Alignment, AxisClasses
 from fxmerge.layout import resized
 from fxmerge.matchers import ActivationMatching, OTFusion, WeightMatching
 from fxmerge.matching import families
-from fxmerge.running import device_of, preserved
+from fxmerge.running import device_of, full_state, preserved
 from fxmerge.stats import choose_taps, collect
-from fxmerge.symmetry import Verification, full_state
+from fxmerge.stored import read_when_asked, stays_on_disk
+from fxmerge.symmetry import Verification
 from fxmerge.symmetry import verify as verify_symmetry
 from fxmerge.trace import trace
 
@@ -123,7 +125,10 @@ def make_plan(
     if isinstance(repair, AbstractRepair) and data is None:
         raise InputError(f"{repair} needs data: pass data=loader, or repair=None")
     home = device_of(models[0])
-    work = _device(device, home)
+    streamed = any(map(stays_on_disk, models))
+    if streamed:
+        _require_streamable(data, heads, target, device)
+    work = home if streamed else _device(device, home)
     with preserved(*models):
         parents = [m if device_of(m) == work else copy.deepcopy(m).to(work) for m in models]
         with clock("trace"):
@@ -144,7 +149,7 @@ def make_plan(
         grown: list[Grown] = []
         links: list[Link] = []
         order = list(range(len(models)))
-        if depth is not None and (target is not None or not alike_in_names(classes)):
+        if depth is not None and not streamed and (target is not None or not alike_in_names(classes)):
             with clock("depth"):
                 sample = None if batches is None else Sample(batches, feed, progress)
                 how = {"deeper": "grow", "shallower": "shrink"}.get(str(target), aligner.balance)
@@ -186,11 +191,13 @@ def make_plan(
                 taps = [choose_taps(c, matcher.at, avoid=avoid) for c in classes]
                 statistics = collect(classes, batches, feed, taps, seed=seed, progress=progress)
         traced = [c.traced for c in classes]
-        states = tuple({k: v.detach() for k, v in full_state(t.graph_module).items()} for t in traced)
-        for k, t in enumerate(traced):
-            states[k].update({n: v.detach() for n, v in full_state(t.source).items()})
+        held = [full_state(t.graph_module) | full_state(t.source) for t in traced]
+        states = tuple(map(read_when_asked, held))
+        room = max(sum(v.nbytes for v in full_state(m).values()) for m in models) / 8 if streamed else math.inf
         idle, absent = tuple(g.idle for g in grown), tuple(g.absent for g in grown)
-        problem = Problem(tuple(classes), states, by_class, apart, statistics, seed, progress, idle, absent, wanted)
+        problem = Problem(
+            tuple(classes), states, by_class, apart, statistics, seed, progress, idle, absent, wanted, room
+        )
         with clock("match"), torch.no_grad():
             alignment = matcher.match(problem)
         kept = {k: side_by_side([c[k].size for c in classes]) for k in apart}
@@ -266,6 +273,17 @@ def shares_of(models: Sequence[nn.Module], weights: Sequence[float] | None) -> t
     return tuple(float(w) / float(sum(weights)) for w in weights)
 
 
+def _require_streamable(data: Any, heads: Heads, target: Target, device: torch.device | str) -> None:
+    """What a merge of networks on disk cannot do, told before it starts."""
+    load = "load them into memory for that"
+    if data is not None:
+        raise InputError(f"networks that stay on disk are merged by their weights, without data; {load}")
+    if heads == "separate" or target is not None:
+        raise InputError(f"heads='separate' and target= are for networks in memory; {load}")
+    if device not in ("auto", "cpu", torch.device("cpu")):
+        raise InputError(f"device={device!r}: networks that stay on disk are merged on the CPU; {load}")
+
+
 def _device(device: torch.device | str, home: torch.device) -> torch.device:
     if device != "auto":
         try:
@@ -310,6 +328,8 @@ def _pin(classes: AxisClasses, which: set[int]) -> AxisClasses:
 def _check_mass(alignment: Alignment, classes: AxisClasses) -> None:
     """Every fused neuron must be made of something, and of numbers."""
     for c, coupling in zip(classes, alignment.couplings, strict=True):
+        if isinstance(coupling, Permuted):
+            continue
         if not bool(torch.isfinite(coupling.merge).all() and torch.isfinite(coupling.unmerge).all()):
             raise VerifyError(f"the coupling of class '{c.name}' holds NaN or inf; choose another matcher or more data")
         empty = int((coupling.merge.abs().sum(1) < 1e-6).sum())

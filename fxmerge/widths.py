@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,22 +14,10 @@ from torch.utils import _pytree as pytree
 from fxmerge.classes import infer_classes
 from fxmerge.errors import FxMergeError, InputError, StructureError, told
 from fxmerge.ir import Alignment, AxisClasses
-from fxmerge.layout import resized
+from fxmerge.layout import resized, shapes
 from fxmerge.rewrite import rewrite
 from fxmerge.running import bind, call, evaluating, fresh
 from fxmerge.symmetry import full_state
-
-
-def shapes(fused: AxisClasses, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> its shape at the widths of ``fused``; ``state`` has the tensors at the widths they had."""
-    found = {name: list(value.shape) for name, value in state.items()}
-    for name, entries in fused.by_tensor().items():
-        for site in {s for s, _, _ in entries}:
-            total = sum(index.numel() for s, _, index in entries if s == site)
-            for alias in (name, *fused.aliases.get(name, ())):
-                if alias in found:
-                    found[alias][site.axis] = total // site.groups
-    return {name: tuple(shape) for name, shape in found.items()}
 
 
 def resizable(classes: AxisClasses, candidates: Iterable[int] | None = None) -> frozenset[int]:

@@ -23,8 +23,8 @@ FILES = {
 # A module imports only from those above it; an entry that is a package stands for all its files, inside which the
 # order is: every file, then ``__init__``. A new module gets its place here.
 ORDER = """
-    errors atoms ir linalg running
-    symbolic batch recorder record guess trace vocabulary shards document fingerprint folder alignment listing
+    errors atoms ir linalg shards stored running
+    symbolic batch recorder record guess trace vocabulary document fingerprint folder alignment listing
     card export exchange barrier
     labels rules interpret classes
     alike units coupling layout symmetry stats regression interfaces matching descent literals rewrite widths affinity
