@@ -20,6 +20,7 @@ from fxmerge.gather import collect_statistics
 from fxmerge.moments import Statistics
 from fxmerge.pipeline import MergeResult, align, merge
 from fxmerge.rules import rule
+from fxmerge.stored import on_disk
 from fxmerge.symmetry import permute, verify
 from fxmerge.units import find_stages
 
@@ -46,6 +47,7 @@ __all__ = [
     "load",
     "load_alignment",
     "merge",
+    "on_disk",
     "permute",
     "rule",
     "save",

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fxmerge.affinity import Affinity, from_moments, from_weights
-from fxmerge.coupling import among, permuted, side_by_side, turned
+from fxmerge.coupling import Permuted, among, side_by_side, turned
 from fxmerge.interfaces import Problem
 from fxmerge.ir import Alignment, AxisClass, AxisClasses, Coupling
 from fxmerge.linalg import assignment
@@ -147,7 +147,7 @@ def _kept(problem: Problem, k: int) -> Coupling:
     sizes = [p[k].size for p in problem.classes]
     if k in problem.apart or len(set(sizes)) > 1:
         return side_by_side(sizes)
-    return permuted([torch.arange(sizes[0])] * len(sizes), problem.shares[k])
+    return Permuted([torch.arange(sizes[0])] * len(sizes), problem.shares[k])
 
 
 def permutations(affinity: Affinity) -> list[Tensor]:
@@ -186,10 +186,10 @@ def _family(
         scores = {k: seen[k].between(seen[k].score, 0, b) for k in family if k in seen}
         values = _values(first, [k for k in family if k in seen], seen, b, worth) if worth else {}
         placed.append(match_family(first, family, scores, values=values))
-    out = {}
+    out: dict[int, Coupling] = {}
     for k in family:
         if k not in seen or first.children(k):
-            out[k] = permuted([p[k] for p in placed], shares[k])
+            out[k] = Permuted([p[k] for p in placed], shares[k])
         else:
             out[k] = _celled(first, k, placed, seen[k], shares[k], solve)
     return out
@@ -229,7 +229,7 @@ def _celled(
         rows = (cell == number).nonzero()[:, 0]
         members = [p[k][rows].sort().values for p in placed]
         if len(rows) == 1:  # nothing to choose: not a sign, nor a scale
-            part = permuted([torch.zeros(1, dtype=torch.int64)] * len(placed), shares)
+            part: Coupling = Permuted([torch.zeros(1, dtype=torch.int64)] * len(placed), shares)
         else:
             part = solve(affinity.at(members), shares, len(rows))
         columns = torch.cat([m + s for m, s in zip(members, affinity.starts, strict=True)])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxmerge.ir import Alignment, AxisClasses, Coupling, Site
 from fxmerge.linalg import Map
+from fxmerge.stored import Made
 
 
 def from_permutations(
@@ -32,16 +33,42 @@ def from_permutations(
         permutations: per parent, per class int64 [n]: p[i] is that parent's neuron at place i of the fused network.
         shares: per class, the parents' shares.
     """
-    couplings = tuple(permuted([p[k] for p in permutations], shares[k]) for k in range(len(classes)))
+    couplings = tuple(Permuted([p[k] for p in permutations], shares[k]) for k in range(len(classes)))
     return Alignment(couplings, method, dict(quality or {}), notes)
 
 
-def permuted(permutations: Sequence[Tensor], shares: Sequence[float]) -> Coupling:
-    """Neuron i of the fused network is the parents' neurons p[i]: merge = [w_a P_a, w_b P_b, ..]."""
-    n = len(permutations[0])
-    rows = [torch.eye(n, dtype=torch.float64)[p] for p in permutations]  # [n, n]: 1 at (i, p[i])
-    merge = torch.cat([w * r for w, r in zip(shares, rows, strict=True)], 1)
-    return Coupling(merge, torch.cat([r.T for r in rows], 0), (n,) * len(rows))
+class Permuted(Coupling):
+    """Neuron i of the fused network is the parents' neurons p[i]: merge = [w_a P_a, w_b P_b, ..].
+
+    The matrices are made when they are asked for: those of all classes together may be larger than the network.
+    """
+
+    permutations: tuple[Tensor, ...]
+    shares: tuple[float, ...]
+
+    def __init__(self, permutations: Sequence[Tensor], shares: Sequence[float]) -> None:
+        n = len(permutations[0])
+        for name, value in (
+            ("permutations", tuple(permutations)),
+            ("shares", tuple(shares)),
+            ("widths", (n,) * len(permutations)),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def merge(self) -> Tensor:  # type: ignore[override]
+        return torch.cat([self.map(k, True).matrix for k in range(len(self.widths))], 1)
+
+    @property
+    def unmerge(self) -> Tensor:  # type: ignore[override]
+        return torch.cat([self.map(k, False).matrix.T for k in range(len(self.widths))])
+
+    @property
+    def size(self) -> int:
+        return self.widths[0]
+
+    def map(self, k: int, carries: bool) -> Map:
+        return Map.gather(self.permutations[k], self.shares[k] if carries else 1.0)
 
 
 def side_by_side(widths: Sequence[int]) -> Coupling:
@@ -56,6 +83,8 @@ def turned(coupling: Coupling, shares: Sequence[float]) -> Coupling:
     With every parent's queries q_p = U_p q read back from the fused ones, the mean of the parents' scores, the sum of
     w_p q_p . k_p, is q . k for the keys k = sum of w_p U_p' k_p.
     """
+    if isinstance(coupling, Permuted):
+        return coupling  # is its own
     dual = torch.cat([w * u.T for w, u in zip(shares, coupling.unmerge.split(coupling.widths), strict=True)], 1)
     return coupling if torch.equal(dual, coupling.merge) else replace(coupling, dual=dual)
 
@@ -77,8 +106,8 @@ def fuse(
     states: Sequence[Mapping[str, Tensor]],
     weights: Sequence[float],
     idle: Sequence[frozenset[str]] = (),
-) -> dict[str, Tensor]:
-    """The fused network's parameters and buffers, under the first parent's names.
+) -> Mapping[str, Tensor]:
+    """The fused network's parameters and buffers, under the first parent's names, each made when it is asked for.
 
     Args:
         parents: classes of each parent, in corresponding order.
@@ -91,24 +120,16 @@ def fuse(
     touched = [p.by_tensor() for p in parents]
     targets = fused.by_tensor()
     maps = Maps(alignment.couplings)
-    out: dict[str, Tensor] = {}
-    for name, first in states[0].items():
+    canonical = {alias: name for name, aliases in parents[0].aliases.items() for alias in aliases}
+
+    def make(name: str) -> Tensor:
+        name = canonical.get(name, name)
         values = [s[name] for s in states]
-        target = targets.get(name)
+        first, target = values[0], targets.get(name)
         without = {k for k, names in enumerate(idle) if name in names}
         without = without if len(without) < len(values) else set()
-        if target is None and without:
-            out[name] = _mean(
-                [(w, v) for k, (w, v) in enumerate(zip(weights, values, strict=True)) if k not in without]
-            )
-            continue
         if target is None:
-            alike = all(v.shape == first.shape and torch.equal(v.to(first.device), first) for v in values[1:])
-            if alike or not first.is_floating_point():
-                out[name] = first.clone()
-            else:
-                out[name] = sum(w * v for w, v in zip(weights, values, strict=True)).to(first.dtype)  # type: ignore[union-attr]
-            continue
+            return _mean([(w, v) for k, (w, v) in enumerate(zip(weights, values, strict=True)) if k not in without])
         total: Tensor | None = None
         for k, value in enumerate(values):
             if k in without:
@@ -118,22 +139,21 @@ def fuse(
         assert total is not None
         if without:
             total = _made_whole(total, touched, name, target, maps, without, parents, weights)
-        out[name] = total.to(first.dtype)
-    for name, aliases in parents[0].aliases.items():
-        for alias in aliases:
-            if alias in out:
-                out[alias] = out[name]
-    return out
+        return total.to(first.dtype)
+
+    return Made(states[0], make)
 
 
 Entry = tuple[Site, int, Tensor]
 
 
 def _mean(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
-    total = sum(w for w, _ in parts)
-    if not parts[0][1].is_floating_point() or not total:
-        return parts[0][1].clone()
-    return sum(w / total * v for w, v in parts).to(parts[0][1].dtype)  # type: ignore[union-attr]
+    """Of a tensor without neurons; what all agree on, and integers, are the first one's."""
+    total, first = sum(w for w, _ in parts), parts[0][1]
+    alike = all(v.shape == first.shape and torch.equal(v.to(first.device), first) for _, v in parts[1:])
+    if alike or not first.is_floating_point() or not total:
+        return first.clone()
+    return sum(w / total * v for w, v in parts).to(first.dtype)  # type: ignore[union-attr]
 
 
 def _carrier(own: Sequence[Entry], classes: AxisClasses) -> Site | None:
@@ -213,7 +233,9 @@ class Maps:
         key = (c, k, carries, dual)
         if key not in self._known:
             coupling = self._couplings[c]
-            if carries:
+            if isinstance(coupling, Permuted):
+                self._known[key] = coupling.map(k, carries)
+            elif carries:
                 merge = coupling.dual if dual and coupling.dual is not None else coupling.merge
                 self._known[key] = Map.of(merge.split(coupling.widths, 1)[k])
             else:

@@ -6,6 +6,7 @@ best one is an assignment (Ainsworth et al., arXiv 2209.04836, algorithm 1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,21 +14,31 @@ from torch import Tensor
 
 from fxmerge.ir import AxisClasses, Site
 from fxmerge.matching import Joint, families, match_family
+from fxmerge.stored import Made
 from fxmerge.symmetry import apply
 
 
 def parameters(
-    state: Mapping[str, Tensor], classes: AxisClasses, apart: frozenset[int] = frozenset()
-) -> dict[str, Tensor]:
-    """What is compared: trained tensors with neurons, not running statistics, nor what a parent keeps for itself."""
-    trained = {n for n, _ in classes.traced.source.named_parameters(remove_duplicate=False)}
-    kept = {
-        n: state[n] for n, e in classes.by_tensor().items() if n in trained and not any(k in apart for _, k, _ in e)
-    }
-    return {n: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for n, v in kept.items()}
+    state: Mapping[str, Tensor],
+    classes: AxisClasses,
+    apart: frozenset[int] = frozenset(),
+    silent: frozenset[str] = frozenset(),
+) -> Mapping[str, Tensor]:
+    """What is compared: trained tensors with neurons that are not ``silent``.
+
+    Not running statistics, nor what a parent keeps for itself (``apart``).
+    """
+    trained = {n for n, _ in classes.traced.source.named_parameters(remove_duplicate=False)} - silent
+    names = [n for n, e in classes.by_tensor().items() if n in trained and not any(k in apart for _, k, _ in e)]
+
+    def single(name: str) -> Tensor:
+        value = state[name]
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+    return Made(names, single)
 
 
-def arrange(classes: AxisClasses, permutation: Sequence[Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def arrange(classes: AxisClasses, permutation: Sequence[Tensor], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """B's tensors with the neurons that stand in for A's in A's places."""
     inverse = [torch.argsort(p) for p in permutation]
     return apply(_Part(classes, state), inverse, state)  # type: ignore[arg-type]
@@ -45,7 +56,10 @@ class _Part:
 
 
 class Descent:
-    """Coordinate descent over families of classes, from a start."""
+    """Coordinate descent over families of classes, from a start.
+
+    ``room``: bytes of tensors and scores that may be kept from one step to another; what does not fit is made again.
+    """
 
     def __init__(
         self,
@@ -54,7 +68,9 @@ class Descent:
         state: Mapping[str, Tensor],
         seed: int,
         start: Sequence[Tensor] | None = None,
+        room: float = math.inf,
     ) -> None:
+        self.room = room
         self.classes, self.target, self.state = classes, target, state
         self.families = families(classes)
         self.entries = {n: e for n, e in classes.by_tensor().items() if n in target}
@@ -86,9 +102,15 @@ class Descent:
         if name in self._arranged:
             return self._arranged[name]
         tensor = arrange(self.classes, self.found, {name: self.state[name]})[name]
-        if name in self._lasting:
+        if name in self._lasting and self._fits(tensor):
             self._arranged[name] = tensor
         return tensor
+
+    def _fits(self, tensor: Tensor) -> bool:
+        if self.room == math.inf:
+            return True
+        kept = [*self._arranged.values(), *(score for score, _ in self._kept.values())]
+        return sum(t.nbytes for t in kept) + tensor.nbytes <= self.room
 
     def grow(self, reverse: bool) -> None:
         """A start from the pinned ends inwards: each family matched on what is already settled."""
@@ -136,9 +158,11 @@ class Descent:
                     self.place(f, new)
                 else:
                     old = self._value(f)
-                    before = {n: self.now(n) for n in self.tensors[f]}, list(self.found)
+                    before = {n: t for n, t in self._arranged.items() if n in self.tensors[f]}, list(self.found)
                     self.place(f, new)
                     if self._value(f) <= old + 1e-6 * abs(old):  # rounding, or a joint start that was worse
+                        for n in self.tensors[f]:
+                            self._arranged.pop(n, None)
                         self._arranged |= before[0]
                         self.found = before[1]
                         continue
@@ -218,7 +242,7 @@ class Descent:
 
         It is kept in B's own order of class k, so only those neurons of other classes that moved since then enter.
         """
-        score, then = self._kept.get(k, (None, None))
+        score, then = self._kept.pop(k, (None, None))
         for name in self.tensors[f]:
             a, b = self.target[name], self.state[name]
             site, index = next((s, i) for s, c, i in self.entries[name] if c == k)
@@ -235,7 +259,8 @@ class Descent:
         if score is None:  # in no tensor that is compared
             n = self.classes[k].size
             return torch.zeros(n, n)
-        self._kept[k] = score, list(self.found)
+        if self._fits(score):
+            self._kept[k] = score, list(self.found)
         return score.index_select(1, self.found[k].to(score.device))
 
     def _moved(

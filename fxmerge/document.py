@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from fxmerge.errors import FormatError, told
 from fxmerge.shards import TENSORS
+from fxmerge.stored import Stored
 from fxmerge.vocabulary import ATTRIBUTES, function, function_name, methods, module_class
 
 VERSION = 1
@@ -119,7 +120,7 @@ _ARGUMENTS: dict[str, Callable[[Any], Any]] = {
 
 
 def describe(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The document for ``graph.json`` and the tensors that it speaks of."""
+    """The document for ``graph.json`` and the tensors that it speaks of; those on disk are not read."""
     if type(module.graph._codegen) is not fx.graph.CodeGen:
         raise FormatError("the graph packs its inputs or outputs (pytree codegen); trace without concrete_args")
     called = {node.target for node in module.graph.find_nodes(op="call_module")}
@@ -232,6 +233,9 @@ def _describe_tensors(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str,
         same = (t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) if t.numel() else id(t)
         if first.setdefault(same, name) != name:
             records[name]["same_as"] = first[same]
+            continue
+        if isinstance(t, Stored):
+            stored[name] = t
             continue
         order = sorted(range(t.ndim), key=t.stride, reverse=True)
         if not t.is_contiguous() and t.permute(order).is_contiguous():

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.errors import FxMergeError, told
 from fxmerge.folder import partial_folder, to_disk
+from fxmerge.stored import stays_on_disk
 
 _ONNX_LIMIT = 1.9e9  # bytes of tensors; a file of the format holds 2 GB
 _BATCH = "batch"
@@ -45,7 +46,7 @@ def export_onnx(
     """
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise FxMergeError(f"ONNX export needs {' and '.join(missing)}: pip install fxmerge[onnx]")
-    external = sum(t.nbytes for t in module.state_dict().values()) > _ONNX_LIMIT
+    external = sum(t.nbytes for t in module.state_dict(keep_vars=True).values()) > _ONNX_LIMIT
 
     def write(file: Path, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: dict[str, Any]) -> None:
         options: dict[str, Any] = {"dynamic_shapes": shapes, "external_data": external, "verbose": False}
@@ -110,6 +111,8 @@ def _exported(
     module: nn.Module, path: Path, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, write: Writer, exporter: str
 ) -> Path:
     """What ``write`` makes of ``module`` in eval mode, at ``path``."""
+    if stays_on_disk(module):
+        raise FxMergeError(f"{exporter} takes a network in memory: save this one, and export what load gives")
     args, kwargs, shapes = _with_dynamic_batch(module, args, dict(kwargs or {}))
     with partial_folder(path) as partial:
         try:

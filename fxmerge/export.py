@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import fx
 
@@ -32,6 +33,7 @@ from fxmerge.folder import partial_folder, publish, read_json, seal, sealed
 from fxmerge.ir import Alignment
 from fxmerge.listing import listing
 from fxmerge.shards import INDEX, SHARD_SIZE, TENSORS, Shards, bytes_of, write
+from fxmerge.stored import read_when_asked
 
 _RECIPE, _REPORT, _SOURCE, _CARD = "recipe.json", "report.html", "module.py", "README.md"
 
@@ -84,15 +86,16 @@ def save(
         raise FormatError(f"the recipe must be strings, numbers, lists and dicts, as JSON is: {error}") from None
     if report is not None:
         texts[_REPORT] = report
-    again = rebuild(json.loads(texts[GRAPH]), tensors)
-    if list(again.state_dict()) != list(module.state_dict()):
+    hollow = {name: torch.empty((), dtype=t.dtype).expand(t.shape) for name, t in tensors.items()}
+    again = rebuild(json.loads(texts[GRAPH]), hollow)
+    if list(again.state_dict()) != list(module.state_dict(keep_vars=True)):
         raise FormatError("state_dict() of the module is changed by hooks, which cannot be stored; remove them")
     texts[_SOURCE] = listing(again, document)
     texts.update(extra or {})
 
     try:
         with partial_folder(folder) as partial:
-            files = [file.name for file in write(tensors, partial, shard_size)]
+            files = [file.name for file in write(read_when_asked(tensors), partial, shard_size, tensors)]
             if alignment is not None:
                 write_alignment(alignment, partial / ALIGNMENT)
                 files.append(ALIGNMENT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class Problem:
         idle: per parent, tensors that have no influence on it (of layers that were inserted): not to be compared.
         absent: per parent, classes of which it has no neurons of its own.
         widths: class -> number of fused neurons, where it is not the first parent's.
+        room: bytes that may be kept besides what is worked on; finite where parents stay on disk.
     """
 
     classes: tuple[AxisClasses, ...]
@@ -44,6 +46,11 @@ class Problem:
     idle: tuple[frozenset[str], ...] = ()
     absent: tuple[frozenset[int], ...] = ()
     widths: Mapping[int, int] = field(default_factory=dict)
+    room: float = math.inf
+
+    def held(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The same, all made at once where there is room for them."""
+        return dict(tensors) if self.room == math.inf else tensors
 
     def silent(self, parents: Sequence[int]) -> frozenset[str]:
         """Tensors that are idle in one of the parents."""

@@ -199,7 +199,8 @@ class Interpretation(Context):
             fixed = tuple(t + 1 for t in self.positions(t.shape))  # told apart from positions made inside
             label = Label(tuple(t.shape), fixed=fixed, kind=self.atoms.mark(), why="the network's input")
             self._remember(t, label)
-        with evaluating(traced.graph_module), _without_fast_paths(), enable_python_dispatcher(), _Watch(self):
+        unread = torch._C.DisableTorchFunctionSubclass()  # labels need no values: parameters on disk stay there
+        with evaluating(traced.graph_module), _without_fast_paths(), enable_python_dispatcher(), unread, _Watch(self):
             outputs = runner.run(*bind(traced.graph_module.graph, traced.args, traced.kwargs))
         for t in pytree.tree_leaves(outputs):
             if isinstance(t, Tensor) and (made := self.label_of(t)) is not None:

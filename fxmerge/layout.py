@@ -60,6 +60,18 @@ def resized(classes: AxisClasses, widths: Mapping[int, int]) -> AxisClasses:
     return replace(classes, classes=tuple(out), reads=frozenset(name.get(s, s) for s in classes.reads))
 
 
+def shapes(fused: AxisClasses, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> its shape at the widths of ``fused``; ``state`` has the tensors at the widths they had."""
+    found = {name: list(value.shape) for name, value in state.items()}
+    for name, entries in fused.by_tensor().items():
+        for site in {s for s, _, _ in entries}:
+            total = sum(index.numel() for s, _, index in entries if s == site)
+            for alias in (name, *fused.aliases.get(name, ())):
+                if alias in found:
+                    found[alias][site.axis] = total // site.groups
+    return {name: tuple(shape) for name, shape in found.items()}
+
+
 def _relaid(entries: Mapping[int, Tensor], widths: Mapping[int, int]) -> dict[int, Tensor]:
     """Class -> new places [n, m] along one axis; the axis holds these classes and no others."""
     if not any(k in widths for k in entries):

@@ -73,20 +73,44 @@ def correlation(cross: Tensor, var_rows: Tensor, var_columns: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """A matrix [n, m] to be applied along axes; where every row has at most one entry, as a scaled gather."""
+    """A matrix [n, m] to be applied along axes; where every row has at most one entry, as a scaled gather.
 
-    matrix: Tensor
+    Attributes:
+        dense: the matrix; None where ``source`` says it all.
+        source: int64 [n]: the column of every row's entry.
+        scale: [n]: the entries; None where all are 1.
+        width: m.
+    """
+
+    dense: Tensor | None
     source: Tensor | None
     scale: Tensor | None
+    width: int
 
     @staticmethod
     def of(matrix: Tensor) -> Map:
+        width = matrix.shape[1]
         nonzero = matrix != 0
         if not bool((nonzero.sum(1) <= 1).all()):
-            return Map(matrix, None, None)
+            return Map(matrix, None, None, width)
         source = nonzero.to(torch.uint8).argmax(1)
         scale = matrix.gather(1, source[:, None])[:, 0]
-        return Map(matrix, source, None if bool((scale == 1).all()) else scale)
+        return Map(matrix, source, None if bool((scale == 1).all()) else scale, width)
+
+    @staticmethod
+    def gather(source: Tensor, scale: float = 1.0) -> Map:
+        """A permutation, times a number."""
+        scales = torch.full(source.shape, scale, dtype=torch.float64)
+        return Map(None, source, None if scale == 1 else scales, len(source))
+
+    @property
+    def matrix(self) -> Tensor:
+        if self.dense is not None:
+            return self.dense
+        assert self.source is not None
+        rows = torch.zeros(len(self.source), self.width, dtype=torch.float64)
+        rows[torch.arange(len(rows)), self.source] = 1 if self.scale is None else self.scale
+        return rows
 
     def __call__(self, value: Tensor, axis: int) -> Tensor:
         """``value`` with its axis of size m replaced by one of size n."""

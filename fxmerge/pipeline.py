@@ -30,10 +30,11 @@ from fxmerge.recipe import OPTIONS
 from fxmerge.repair import Rescale, ResetBatchNorm
 from fxmerge.repair.batchnorm import batchnorms
 from fxmerge.report import Report
-from fxmerge.rewrite import rewrite
+from fxmerge.rewrite import made_when_asked, rewrite
 from fxmerge.running import device_of, evaluating, preserved
 from fxmerge.size import sizes
 from fxmerge.stats import listen
+from fxmerge.stored import Stored, stays_on_disk
 from fxmerge.symmetry import full_state, load_state
 from fxmerge.widths import require_runs, separate
 
@@ -43,7 +44,8 @@ class MergeResult:
     """One network from several.
 
     Attributes:
-        module: the fused network: runs, trains, prints (``module.print_readable()``).
+        module: the fused network: runs, trains, prints (``module.print_readable()``). Where parents stay on disk, its
+            parameters are made whenever they are read: save it, and load what was saved to go on.
         alignment: the couplings that made it.
         report: what was done and how well it went; ``print`` it.
         recipe: versions, parents, every option and the data: what it takes to merge again, as JSON can hold it.
@@ -125,7 +127,8 @@ def merge(
     matcher or ``heads`` keep neurons apart, its size.
 
     Args:
-        models: the parents; the first one's order of neurons is kept.
+        models: the parents; the first one's order of neurons is kept. Those that ``on_disk`` made stay there: tensors
+            are read, matched and, by ``result.save``, written one after the other, by weights alone and on the CPU.
         example_inputs: tensor, tuple or dict to run the networks on; taken from the first layers where these leave no
             doubt. Two samples are enough.
         data: unlabelled batches, for matchers and repairs that look at activations.
@@ -189,9 +192,12 @@ def merge(
         )
         with preserved(*models), clock("fuse"):
             idle = plan.problem.idle
-            state = fuse(plan.classes, plan.fused, plan.alignment, plan.problem.states, plan.weights, idle)
+            made = fuse(plan.classes, plan.fused, plan.alignment, plan.problem.states, plan.weights, idle)
+            streamed = any(map(stays_on_disk, models))
+            state = made_when_asked(made, plan.classes[0], plan.fused) if streamed else dict(made)
             _keep_variances(state, plan)
-            module = rewrite(plan.classes[0], state, plan.fused).to(plan.device)
+            module = rewrite(plan.classes[0], state, plan.fused)
+            module = module if streamed else module.to(plan.device)
             fused = replace(plan.fused, traced=replace(plan.fused.traced, graph_module=module, source=module))
             fused = replace(fused, traced=replace(fused.traced, shapes=require_runs(fused)))
         with preserved(*models), clock("repair"):
@@ -216,11 +222,12 @@ def merge(
             elif repair == "auto":
                 said = "none (pass data=loader to re-estimate statistics)" if plan.batches is None else "none needed"
             with torch.no_grad():  # rounding may differ between machines
-                values = list(dict.fromkeys(full_state(module).values()))
+                here = {n: v for n, v in full_state(module).items() if not isinstance(v, Stored)}
+                values = list(dict.fromkeys(here.values()))
                 for value, same in zip(values, from_first(values), strict=True):
                     if same is not value:
                         value.copy_(same)
-            finite = {n: v.isfinite().all() for n, v in full_state(module).items() if v.is_floating_point()}
+            finite = {n: v.isfinite().all() for n, v in here.items() if v.is_floating_point()}
             for name, good in zip(finite, torch.stack(list(finite.values())).tolist() if finite else (), strict=True):
                 if not good:
                     raise InputError(f"'{name}' holds NaN or inf after the repair: check the data for such values")
@@ -228,7 +235,7 @@ def merge(
         variance = {n: (before[n], after[n]) for n in before}
         if heads == "separate":
             separate(fused, plan.alignment, plan.problem.apart)
-        module.to(plan.home)
+        module = module if streamed else module.to(plan.home)
         traced = plan.classes[0].traced
         with preserved(*models), clock("size"):
             measured = sizes((*models, module), traced.args, traced.kwargs)
@@ -271,6 +278,8 @@ def align(
     With a permutation matcher it computes exactly what ``model`` computes, and may be averaged with ``to`` key by key.
     Arguments are those of ``merge``.
     """
+    if stays_on_disk(model) or stays_on_disk(to):
+        raise InputError("align returns a network in memory: load both networks, or merge them")
     clock = Clock()
     plan = make_plan(
         (to, model),

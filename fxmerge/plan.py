@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import nn
 
+from fxmerge.checks import require_mass, verified
 from fxmerge.classes import infer_classes
 from fxmerge.clock import Clock
 from fxmerge.collect import collect, origin_of
@@ -19,18 +21,17 @@ from fxmerge.correspond import alike_in_names, require_same_structure
 from fxmerge.coupling import side_by_side
 from fxmerge.data import feeder, reusable, try_batch
 from fxmerge.depth import CLAFusion, Grown, Link, balanced
-from fxmerge.errors import FxMergeWarning, InputError, VerifyError, one_of
+from fxmerge.errors import FxMergeWarning, InputError, one_of
 from fxmerge.fingerprint import fingerprint
 from fxmerge.interfaces import AbstractDepthAligner, AbstractMatcher, AbstractRepair, Problem, Sample
 from fxmerge.ir import OUTPUT, Alignment, AxisClasses
 from fxmerge.layout import resized
 from fxmerge.matchers import ActivationMatching, OTFusion, WeightMatching
-from fxmerge.matching import families
 from fxmerge.moments import Statistics
-from fxmerge.running import device_of, preserved
+from fxmerge.running import device_of, full_state, preserved
 from fxmerge.stats import choose_taps
-from fxmerge.symmetry import Verification, full_state
-from fxmerge.symmetry import verify as verify_symmetry
+from fxmerge.stored import read_when_asked, stays_on_disk
+from fxmerge.symmetry import Verification
 from fxmerge.trace import trace
 
 InputFn = Callable[[Any], Any]
@@ -121,7 +122,7 @@ def make_plan(
         alignment = prepared.matcher.match(problem)
     kept = {k: side_by_side([c[k].size for c in classes]) for k in problem.apart}
     alignment = replace(alignment, couplings=tuple(kept.get(k, c) for k, c in enumerate(alignment.couplings)))
-    _check_mass(alignment, classes[0])
+    require_mass(alignment, classes[0])
     fused = resized(classes[0], {k: c.size for k, c in enumerate(alignment.couplings)})
     return Plan(**vars(prepared), fused=fused, alignment=alignment)
 
@@ -173,7 +174,10 @@ def prepare(
     if isinstance(repair, AbstractRepair) and data is None:
         raise InputError(f"{repair} needs data: pass data=loader, or repair=None")
     home = device_of(models[0])
-    work = _device(device, home)
+    streamed = any(map(stays_on_disk, models))
+    if streamed:
+        _require_streamable(data, heads, target, device)
+    work = home if streamed else _device(device, home)
     with preserved(*models):
         parents = [m if device_of(m) == work else copy.deepcopy(m).to(work) for m in models]
         with clock("trace"):
@@ -194,7 +198,7 @@ def prepare(
         grown: list[Grown] = []
         links: list[Link] = []
         order = list(range(len(models)))
-        if depth is not None and (target is not None or not alike_in_names(classes)):
+        if depth is not None and not streamed and (target is not None or not alike_in_names(classes)):
             with clock("depth"):
                 sample = None if batches is None else Sample(batches, feed, progress)
                 how = {"deeper": "grow", "shallower": "shrink"}.get(str(target), aligner.balance)
@@ -228,7 +232,7 @@ def prepare(
         verifications: list[Verification] = []
         if verify:
             with clock("verify"):
-                classes, verifications = _verified(classes, seed)
+                classes, verifications = verified(classes, seed)
         if matcher.needs_data:
             with clock("statistics"):
                 avoid = frozenset(n for g in grown for u in g.inserted if u.kind != "plain" for n in u.nodes)
@@ -241,11 +245,11 @@ def prepare(
                         classes, batches, feed, taps, seed=seed, progress=progress, path=path, first=first_batch
                     )
         traced = [c.traced for c in classes]
-        states = tuple({k: v.detach() for k, v in full_state(t.graph_module).items()} for t in traced)
-        for k, t in enumerate(traced):
-            states[k].update({n: v.detach() for n, v in full_state(t.source).items()})
+        held = [full_state(t.graph_module) | full_state(t.source) for t in traced]
+        states = tuple(map(read_when_asked, held))
+        room = max(sum(v.nbytes for v in full_state(m).values()) for m in models) / 8 if streamed else math.inf
         idle, absent = tuple(g.idle for g in grown), tuple(g.absent for g in grown)
-        problem = Problem(tuple(classes), states, by_class, apart, known, seed, progress, idle, absent, wanted)
+        problem = Problem(tuple(classes), states, by_class, apart, known, seed, progress, idle, absent, wanted, room)
     return Prepared(
         tuple(classes),
         shares[""],
@@ -331,6 +335,17 @@ def shares_of(models: Sequence[nn.Module], weights: Sequence[float] | None) -> t
     return tuple(float(w) / float(sum(weights)) for w in weights)
 
 
+def _require_streamable(data: Any, heads: Heads, target: Target, device: torch.device | str) -> None:
+    """What a merge of networks on disk cannot do, told before it starts."""
+    load = "load them into memory for that"
+    if data is not None:
+        raise InputError(f"networks that stay on disk are merged by their weights, without data; {load}")
+    if heads == "separate" or target is not None:
+        raise InputError(f"heads='separate' and target= are for networks in memory; {load}")
+    if device not in ("auto", "cpu", torch.device("cpu")):
+        raise InputError(f"device={device!r}: networks that stay on disk are merged on the CPU; {load}")
+
+
 def _device(device: torch.device | str, home: torch.device) -> torch.device:
     if device != "auto":
         try:
@@ -338,48 +353,3 @@ def _device(device: torch.device | str, home: torch.device) -> torch.device:
         except Exception as error:
             raise InputError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
-
-
-def _verified(classes: list[AxisClasses], seed: int) -> tuple[list[AxisClasses], list[Verification]]:
-    """Checks the symmetry on every parent; families that fail are pinned in all of them, with a warning."""
-    found = [verify_symmetry(c.traced.source, c, seed) for c in classes]
-    if all(v.ok for v in found):
-        return classes, found
-    bad: set[int] = set()
-    for c in classes:
-        for family in families(c):
-            if not verify_symmetry(c.traced.source, c, seed, only=family).ok:
-                bad |= set(family)
-    for k in sorted(bad):
-        warnings.warn(
-            f"class '{classes[0][k].name}' failed verification and is pinned: its neurons stay in place",
-            FxMergeWarning,
-            stacklevel=5,
-        )
-    classes = [_pin(c, bad) for c in classes]
-    found = [verify_symmetry(c.traced.source, c, seed) for c in classes]
-    for v in found:
-        if not v.ok:
-            raise VerifyError(f"the inferred symmetry changes the network's function ({v}); please report this network")
-    return classes, found
-
-
-def _pin(classes: AxisClasses, which: set[int]) -> AxisClasses:
-    pinned = tuple(
-        replace(c, pinned="failed verification", parents=(), blocks=c.blocks[:, :0]) if k in which else c
-        for k, c in enumerate(classes)
-    )
-    return replace(classes, classes=pinned)
-
-
-def _check_mass(alignment: Alignment, classes: AxisClasses) -> None:
-    """Every fused neuron must be made of something, and of numbers."""
-    for c, coupling in zip(classes, alignment.couplings, strict=True):
-        if not bool(torch.isfinite(coupling.merge).all() and torch.isfinite(coupling.unmerge).all()):
-            raise VerifyError(f"the coupling of class '{c.name}' holds NaN or inf; choose another matcher or more data")
-        empty = int((coupling.merge.abs().sum(1) < 1e-6).sum())
-        if empty:
-            raise VerifyError(
-                f"the coupling of class '{c.name}' makes {empty} of {coupling.size} neurons of nothing: mass was lost. "
-                "Choose another matcher"
-            )

@@ -35,7 +35,7 @@ def provenance(
         data: its fingerprint, None where there was none.
     """
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets other threads run
-        digests = list(pool.map(lambda model: digest_of_tensors(model.state_dict()), models))
+        digests = list(pool.map(lambda model: digest_of_tensors(model.state_dict(keep_vars=True)), models))
     parents = [
         {"model": type(model).__name__, "weights": None, "sha256": digest}
         for model, digest in zip(models, digests, strict=True)

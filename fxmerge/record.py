@@ -22,6 +22,7 @@ from fxmerge.batch import Input, follow, repeated
 from fxmerge.errors import TraceError, few, told
 from fxmerge.recorder import Recorder
 from fxmerge.running import bind, call, difference, evaluating, fresh, plain
+from fxmerge.stored import stays_on_disk
 from fxmerge.symbolic import unread, user_line
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -59,7 +60,7 @@ def _first(module: nn.Module, arguments: Arguments) -> tuple[Recorder, Run]:
     """
     found: list[tuple[Recorder, Run]] = []
     missing: list[int] = []
-    for dropping in (False, True):
+    for dropping in (False,) if stays_on_disk(module) else (False, True):
         run = partial(_recorded, module, dropping=dropping)
         try:
             recorder = run(arguments)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxmerge.ir import AxisClasses, Site
+from fxmerge.layout import shapes
 from fxmerge.literals import adapt
-from fxmerge.symmetry import full_state, load_state
+from fxmerge.running import full_state
+from fxmerge.stored import Stored
+from fxmerge.symmetry import load_state
 
 _WIDTHS: dict[type[nn.Module], Mapping[str, Callable[[Any], Any]]] = {
     nn.Linear: {"in_features": lambda m: m.weight.shape[1], "out_features": lambda m: m.weight.shape[0]},
@@ -66,20 +70,45 @@ def resize(module: nn.Module, state: Mapping[str, Tensor], sites: set[Site]) -> 
     for prefix, layer in module.named_modules():
         changed = False
         for held in (layer._parameters, layer._buffers):
-            for name, old in held.items():
+            for name, old in list(held.items()):
                 key = f"{prefix}.{name}" if prefix else name
-                if old is None or key not in state or old.shape == state[key].shape:
+                value = state.get(key)
+                if old is None or value is None or (old.shape == value.shape and not isinstance(value, Stored)):
                     continue
                 if id(old) not in made:
-                    new: Any = torch.empty_like(state[key], dtype=old.dtype, device=old.device)
-                    made[id(old)] = nn.Parameter(new, old.requires_grad) if held is layer._parameters else new
-                held[name] = made[id(old)]  # type: ignore[index]
-                changed = True
+                    new: Any = value
+                    if not isinstance(value, Stored):
+                        new = torch.empty_like(value, dtype=old.dtype, device=old.device)
+                        new = nn.Parameter(new, old.requires_grad) if held is layer._parameters else new
+                    made[id(old)] = new
+                changed |= old.shape != value.shape
+                setattr(layer, name, made[id(old)])  # not into the table: recurrent layers keep a list besides
                 if hasattr(layer, "groups") and key in groups:
                     layer.groups = groups[key]  # type: ignore[assignment]
         widths = next((w for t, w in _WIDTHS.items() if isinstance(layer, t)), {}) if changed else {}
         for name, read in widths.items():
             setattr(layer, name, read(layer))
+
+
+def made_when_asked(made: Mapping[str, Tensor], classes: AxisClasses, fused: AxisClasses) -> dict[str, Tensor]:
+    """A state for ``rewrite`` in which the parameters stay on disk, to be made of what the parents' hold there."""
+    held = full_state(classes.traced.graph_module) | full_state(classes.traced.source)
+    sizes = shapes(fused, held)
+    stored: dict[int, Tensor] = {}
+    state = {}
+    for name, old in held.items():
+        if not isinstance(old, nn.Parameter):
+            state[name] = made[name]
+            continue
+        if id(old) not in stored:
+            like = torch.empty(sizes[name], dtype=old.dtype, device="meta")
+            stored[id(old)] = Stored(partial(_whole, made, name), like, old.requires_grad)
+        state[name] = stored[id(old)]
+    return state
+
+
+def _whole(made: Mapping[str, Tensor], name: str) -> Tensor:
+    return made[name].contiguous()
 
 
 def _complete(module: nn.Module, source: nn.Module) -> None:

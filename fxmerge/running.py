@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import FxMergeError, InputError, few, told
+from fxmerge.stored import GEOMETRY
 
 _CONTAINERS = frozenset({dict, OrderedDict, defaultdict, list, set})
 
@@ -263,6 +264,41 @@ class Doubled(TorchFunctionMode):
         func = Tensor.double if func in _CASTS else func
         args, kwargs = pytree.tree_map(_doubled, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class Substituted(TorchFunctionMode):
+    """Inside, every operation that takes a parameter or buffer of ``module`` takes its namesake in ``state`` instead.
+
+    A parameter's is asked for when it is needed and not kept, so those of the whole network are never there at once;
+    a buffer's is kept, since the network may write to it.
+    """
+
+    def __init__(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {id(t): name for name, t in reversed(full_state(module).items()) if name in state}
+        self._state = state
+        self._kept: dict[str, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in GEOMETRY:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map(self._namesake, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _namesake(self, leaf: Any) -> Any:
+        name = self._names.get(id(leaf)) if isinstance(leaf, Tensor) else None
+        if name is None:
+            return leaf
+        if isinstance(leaf, nn.Parameter):
+            return self._state[name]
+        if name not in self._kept:
+            self._kept[name] = self._state[name]
+        return self._kept[name]
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and all buffers by every name they have."""
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 
 _CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})

@@ -11,12 +11,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fxmerge.errors import FormatError, InputError
@@ -48,11 +49,11 @@ def write(
 ) -> list[Path]:
     """Write ``tensors`` to an existing folder, and return the files.
 
-    Files hold at most ``shard_size`` bytes of tensors, or one tensor that is larger. Those of one file are in memory at
-    a time, where ``tensors`` makes them when they are asked for.
+    Files hold at most ``shard_size`` bytes of tensors, or one tensor that is larger. Every tensor is asked for once and
+    dropped when it is written, so one at a time is in memory where ``tensors`` makes them when they are asked for.
 
     Args:
-        tensors: dense, none sharing memory with another.
+        tensors: dense.
         folder: where the files go; nothing else is touched.
         shard_size: bytes, or a size such as "5GB".
         like: tensors of the same names, dtypes and shapes, on the meta device say, if those of ``tensors`` cost much.
@@ -72,7 +73,7 @@ def write(
     count = len(groups)
     names = [f"{whole}-{k:05}-of-{count:05}.{ending}" for k in range(1, count + 1)] if count > 1 else [TENSORS]
     for file, group in zip(names, groups, strict=True):
-        save_file({name: tensors[name] for name in group}, folder / file, metadata={"format": "pt"})
+        _write_file(folder / file, {name: like[name] for name in group}, tensors)
     files = [folder / file for file in names]
     if count > 1:
         where = {name: file for file, group in zip(names, groups, strict=True) for name in group}
@@ -80,6 +81,35 @@ def write(
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
         files.append(folder / INDEX)
     return files
+
+
+def _write_file(file: Path, like: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """The library writes what is all in memory; so its format is written here: length of the header, header, data."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names = sorted(like, key=lambda name: -like[name].element_size())  # aligned, as the library has them
+    end = 0
+    for name in names:
+        start, end = end, end + like[name].numel() * like[name].element_size()
+        header[name] = {"dtype": _code(like[name].dtype), "shape": [*like[name].shape], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            value = tensors[name].detach().cpu().contiguous()
+            if (value.dtype, value.shape) != (like[name].dtype, like[name].shape):
+                raise FormatError(f"{name!r} is {value.dtype} {[*value.shape]} and was said to be {header[name]}")
+            out.write(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
+@cache
+def _code(dtype: torch.dtype) -> str:
+    """The format's name of a dtype, as the library writes it."""
+    try:
+        written = save({"x": torch.empty(0, dtype=dtype)})
+    except (KeyError, SafetensorError) as error:
+        raise FormatError(f"tensors of {dtype} have no place in a safetensors file ({error})") from None
+    return str(json.loads(written[8 : 8 + int.from_bytes(written[:8], "little")])["x"]["dtype"])
 
 
 class Shards(Mapping[str, Tensor]):

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.errors import VerifyError, told
 from fxmerge.ir import AxisClass, AxisClasses, Site
-from fxmerge.running import Doubled, call, evaluating, to_device
+from fxmerge.running import Doubled, Substituted, evaluating, fresh, full_state, to_device
+from fxmerge.stored import Made, Stored, read_when_asked
 
 Permutations = Sequence[Tensor]
 """Per class: int64 [size]; neuron i moves to place p[i]."""
@@ -59,16 +60,18 @@ def _cells(c: AxisClass, moves: Permutations) -> tuple[np.ndarray, np.ndarray]:
     return codes[: c.size], codes[c.size :]
 
 
-def apply(classes: AxisClasses, moves: Permutations, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def apply(classes: AxisClasses, moves: Permutations, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The state dict of the network after its neurons moved: same function, other order.
 
-    Tensors that no class touches are passed through, not copied.
+    Every tensor is moved when it is asked for. Those that no class touches are passed through, not copied.
     """
-    out = dict(state)
-    for name, entries in classes.by_tensor().items():
-        by_site: dict[Site, Tensor] = {}
+    touched = classes.by_tensor()
+    canonical = {alias: name for name, aliases in classes.aliases.items() for alias in aliases}
+
+    def moved(name: str) -> Tensor:
         value = state[name]
-        for site, k, index in entries:
+        by_site: dict[Site, Tensor] = {}
+        for site, k, index in touched.get(canonical.get(name, name), ()):
             width = value.shape[site.axis] * site.groups
             source = by_site.setdefault(site, torch.arange(width))
             source[index[moves[k]]] = index
@@ -82,10 +85,9 @@ def apply(classes: AxisClasses, moves: Permutations, state: Mapping[str, Tensor]
                 rows, inside = value.shape[0], value.shape[1]
                 inner = (source % inside).reshape(site.groups, inside).repeat_interleave(rows // site.groups, 0)
                 value = torch.take_along_dim(value, inner.reshape(rows, inside, *[1] * (value.dim() - 2)), 1)
-        for alias in (name, *classes.aliases.get(name, ())):
-            if alias in out:
-                out[alias] = value
-    return out
+        return value
+
+    return Made(state, moved)
 
 
 def permute(module: nn.Module, classes: AxisClasses, seed: int = 0) -> nn.Module:
@@ -105,7 +107,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
         for name, value in state.items():
-            if name in own and own[name].data_ptr() != value.data_ptr():
+            if name in own and not isinstance(value, Stored) and own[name].data_ptr() != value.data_ptr():
                 own[name].copy_(value)
 
 
@@ -130,11 +132,6 @@ class Verification:
         return f"{'ok' if self.ok else 'FAILED'}: {self.moved} neurons moved, relative error {self.error:.1e}"
 
 
-def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and all buffers by every name they have."""
-    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-
-
 def verify(
     module: nn.Module,
     classes: AxisClasses,
@@ -154,19 +151,25 @@ def verify(
     """
     traced = classes.traced
     graph = traced.graph_module
-    with evaluating(module, graph), Doubled():
+    with evaluating(module, graph):
         known, own = full_state(graph), full_state(module)
-        state = {k: own.get(k, v).detach() for k, v in known.items()}
+        state = read_when_asked({k: own.get(k, v) for k, v in known.items()})
         moves = random_element(classes, seed, only)
         args, kwargs = to_device((traced.args, dict(traced.kwargs)), None, torch.float64)
+
+        def run(state: Mapping[str, Tensor]) -> object:
+            doubled = Made(state, lambda name: to_device(state[name], None, torch.float64))
+            with Substituted(graph, doubled), Doubled():
+                return graph(*fresh(args), **fresh(kwargs))
+
         try:
-            before = call(graph, args, kwargs, state=to_device(state, None, torch.float64))
+            before = run(state)
         except RuntimeError as error:  # a kernel that there is for float32 only
             raise VerifyError(
                 f"{type(module).__name__} does not run in float64, which verification needs ({told(error)}); merge "
                 "with verify=False, or give it operations that do"
             ) from error
-        after = call(graph, args, kwargs, state=to_device(apply(classes, moves, state), None, torch.float64))
+        after = run(apply(classes, moves, state))
     moved = sum(int((m != torch.arange(len(m))).sum()) for m in moves)
     return Verification(relative_error(before, after), moved, tolerance)
 

@@ -118,7 +118,7 @@ def _require_usable(module: nn.Module) -> None:
     tensors = parameters | dict(module.named_buffers())
     if lazy := [key for key, tensor in tensors.items() if is_lazy(tensor)]:
         raise InputError(f"{few(lazy)} of {name} are not initialised yet; run the module once")
-    packed = [key for key, value in module.state_dict().items() if _is_packed(value)]
+    packed = [key for key, value in module.state_dict(keep_vars=True).items() if _is_packed(value)]
     packed += [key for key, parameter in parameters.items() if parameter.itemsize == 1]  # int8, float8, ..
     if packed:
         raise InputError(
@@ -128,7 +128,9 @@ def _require_usable(module: nn.Module) -> None:
     if not parameters:
         raise InputError(f"{name} has no parameters, so there is nothing to merge")
     if meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
-        raise InputError(f"{few(meta)} of {name} are on the meta device; load the weights first")
+        raise InputError(
+            f"{few(meta)} of {name} are on the meta device; load the weights, or let fxmerge.on_disk read them"
+        )
     for key in _suspects(tensors):
         if bad := _non_finite(tensors[key]):
             raise InputError(f"{key!r} of {name} holds {bad} NaN or infinite values of {tensors[key].numel()}")

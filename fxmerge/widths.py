@@ -14,23 +14,11 @@ from torch.utils import _pytree as pytree
 from fxmerge.classes import infer_classes
 from fxmerge.errors import FxMergeError, InputError, StructureError, told
 from fxmerge.ir import Alignment, AxisClasses
-from fxmerge.layout import resized
+from fxmerge.layout import resized, shapes
 from fxmerge.rewrite import rewrite
 from fxmerge.running import bind, call, evaluating, fresh
 from fxmerge.symmetry import full_state
 from fxmerge.trace import ShapeInterpreter
-
-
-def shapes(fused: AxisClasses, state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Tensor name -> its shape at the widths of ``fused``; ``state`` has the tensors at the widths they had."""
-    found = {name: list(value.shape) for name, value in state.items()}
-    for name, entries in fused.by_tensor().items():
-        for site in {s for s, _, _ in entries}:
-            total = sum(index.numel() for s, _, index in entries if s == site)
-            for alias in (name, *fused.aliases.get(name, ())):
-                if alias in found:
-                    found[alias][site.axis] = total // site.groups
-    return {name: tuple(shape) for name, shape in found.items()}
 
 
 def resizable(classes: AxisClasses, candidates: Iterable[int] | None = None) -> frozenset[int]:

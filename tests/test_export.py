@@ -442,7 +442,7 @@ def test_nothing_is_left_after_a_failure(tmp_path, monkeypatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(shards, "save_file", fail)
+    monkeypatch.setattr(shards, "_write_file", fail)
     with pytest.raises(FormatError, match=r"could not be written.*no space"):
         save(small(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

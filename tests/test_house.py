@@ -23,13 +23,13 @@ FILES = {
 # A module imports only from those above it; an entry that is a package stands for all its files, inside which the
 # order is: every file, then ``__init__``. A new module gets its place here.
 ORDER = """
-    errors clock atoms markup ir linalg running size ranks moments
-    symbolic batch recorder record guess trace vocabulary shards document fingerprint folder alignment listing
+    errors clock atoms markup ir linalg shards stored running size ranks moments
+    symbolic batch recorder record guess trace vocabulary document fingerprint folder alignment listing
     card export exchange barrier
     labels rules interpret sides places classes
-    alike units coupling layout symmetry stats collect regression interfaces matching descent literals rewrite widths
-    affinity cells budget matchers data correspond ensemble repair depth facts page recipe report plan gather provenance
-    pipeline sources loaders commands cli api __init__
+    alike units coupling layout symmetry stats collect regression interfaces matching checks descent literals rewrite
+    widths affinity cells budget matchers data correspond ensemble repair depth facts page recipe report plan gather
+    provenance pipeline sources loaders commands cli api __init__
     """.split()
 
 # Inside a package, who may import whom: a file of its own that all the others stand on.

@@ -317,7 +317,7 @@ def test_three_parents(matcher):
         classes = [fxmerge.infer_classes(p, x[:2]) for p in parents]
         alone = fuse(classes, classes[0], alignment, [p.state_dict() for p in parents], only)
         with torch.no_grad():
-            assert relative_error(parent(x), torch.func.functional_call(parent, alone, (x,))) < 1e-9
+            assert relative_error(parent(x), torch.func.functional_call(parent, dict(alone), (x,))) < 1e-9
 
 
 @pytest.mark.parametrize("count", [2, 3])

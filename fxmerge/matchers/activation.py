@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fxmerge.affinity import Affinity
 from fxmerge.cells import class_by_class, permutations
-from fxmerge.coupling import permuted
+from fxmerge.coupling import Permuted
 from fxmerge.errors import one_of
 from fxmerge.interfaces import PLACES, AbstractMatcher, Problem
 from fxmerge.ir import Alignment, Coupling
@@ -33,4 +33,4 @@ class ActivationMatching(AbstractMatcher):
 
 
 def _solve(affinity: Affinity, shares: Sequence[float], n: int) -> Coupling:
-    return permuted(permutations(affinity), shares)
+    return Permuted(permutations(affinity), shares)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fxmerge.affinity import Affinity
 from fxmerge.budget import Costs, spread
 from fxmerge.cells import class_by_class, permutations
-from fxmerge.coupling import permuted
+from fxmerge.coupling import Permuted
 from fxmerge.errors import InputError, one_of
 from fxmerge.interfaces import PLACES, AbstractMatcher, Problem
 from fxmerge.ir import Alignment, Coupling
@@ -85,7 +85,7 @@ class PLeaS(AbstractMatcher):
 
 
 def _match(affinity: Affinity, shares: Sequence[float], n: int) -> Coupling:
-    return permuted(permutations(affinity), shares)
+    return Permuted(permutations(affinity), shares)
 
 
 def _permutations(coupling: Coupling) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractMatcher, Problem
 from fxmerge.ir import Alignment, AxisClasses
 from fxmerge.ranks import spread
+from fxmerge.stored import Made
 
 
 class WeightMatching(AbstractMatcher):
@@ -42,7 +44,7 @@ class WeightMatching(AbstractMatcher):
 
     def match(self, problem: Problem) -> Alignment:
         first = problem.classes[0]
-        states = [parameters(s, first, problem.apart) for s in problem.states]
+        states = [problem.held(parameters(s, first, problem.apart)) for s in problem.states]
         found = [[torch.arange(c.size) for c in first]]
         bar = tqdm(
             total=(len(states) - 1) * self.restarts, desc="weight matching", disable=not problem.progress, leave=False
@@ -51,9 +53,14 @@ class WeightMatching(AbstractMatcher):
             for b in range(1, len(states)):
                 best, objective = None, -float("inf")
                 silent = problem.silent((0, b))
-                target, state = ({n: v for n, v in states[p].items() if n not in silent} for p in (0, b))
+                target, state = (
+                    problem.held(parameters(states[p], first, problem.apart, silent)) if silent else states[p]
+                    for p in (0, b)
+                )
                 start = partial(self._start, problem, target, state)
-                for value, permutation in spread(start, range(self.restarts), threads=os.cpu_count() or 1):
+                # Assignments and products leave the interpreter free, but every start has scores of its own.
+                threads = (os.cpu_count() or 1) if problem.room == math.inf else 1
+                for value, permutation in spread(start, range(self.restarts), threads=threads):
                     if value > objective * (1 + 1e-9) or best is None:
                         best, objective = permutation, value
                     bar.update()
@@ -61,14 +68,14 @@ class WeightMatching(AbstractMatcher):
                 found.append(best)
         if len(states) > 2 and not any(problem.idle):  # with units of their own, to the first alone
             found = self._refine(first, states, found, problem)
-        quality = _quality(first, states, found)
+        quality = _quality(problem, states, found)
         return from_permutations(first, found, problem.shares, str(self), quality)
 
     def _start(
         self, problem: Problem, target: Mapping[str, Tensor], state: Mapping[str, Tensor], number: int
     ) -> tuple[float, list[Tensor]]:
         with torch.no_grad():
-            descent = Descent(problem.classes[0], target, state, problem.seed + number)
+            descent = Descent(problem.classes[0], target, state, problem.seed + number, room=problem.room)
             if number < 2:
                 descent.grow(reverse=number == 1)
             descent.run(self.sweeps)
@@ -77,27 +84,32 @@ class WeightMatching(AbstractMatcher):
     def _refine(
         self, classes: AxisClasses, states: Sequence[Mapping[str, Tensor]], found: list[list[Tensor]], problem: Problem
     ) -> list[list[Tensor]]:
-        moved = [arrange(classes, p, s) for p, s in zip(found, states, strict=True)]
+        moved = [problem.held(arrange(classes, p, s)) for p, s in zip(found, states, strict=True)]
         for _ in range(self.sweeps):
             changed = False
             for k in range(1, len(states)):
-                rest = [j for j in range(len(states)) if j != k]
-                mean = {n: sum(moved[j][n] for j in rest) / len(rest) for n in states[0]}
-                descent = Descent(classes, mean, states[k], problem.seed, found[k])  # type: ignore[arg-type]
+                others = [moved[j] for j in range(len(states)) if j != k]
+                mean = problem.held(Made(states[0], partial(_mean, others)))
+                descent = Descent(classes, mean, states[k], problem.seed, found[k], problem.room)
                 if descent.run(self.sweeps):
                     changed = True
                     found[k] = descent.found
-                    moved[k] = arrange(classes, found[k], states[k])
+                    moved[k] = problem.held(arrange(classes, found[k], states[k]))
             if not changed:
                 break
         return found
 
 
+def _mean(states: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
+    return sum(s[name] for s in states) / len(states)  # type: ignore[return-value]
+
+
 def _quality(
-    classes: AxisClasses, states: Sequence[Mapping[str, Tensor]], found: Sequence[Sequence[Tensor]]
+    problem: Problem, states: Sequence[Mapping[str, Tensor]], found: Sequence[Sequence[Tensor]]
 ) -> dict[int, float]:
     """Per class: cosine between A's and the others' rows after alignment, averaged."""
-    moved = [arrange(classes, p, s) for p, s in zip(found[1:], states[1:], strict=True)]
+    classes = problem.classes[0]
+    moved = [problem.held(arrange(classes, p, s)) for p, s in zip(found[1:], states[1:], strict=True)]
     quality = {}
     entries = {n: e for n, e in classes.by_tensor().items() if n in states[0]}
     for k, c in enumerate(classes):
