@@ -34,14 +34,14 @@ ORDER = """
 
 # Inside a package, who may import whom: a file of its own that all the others stand on.
 BASES = {
-    "rules": {"registry", "affine"},
+    "rules": {"registry", "affine", "choice"},
     "matchers": set(),
     "repair": {"batchnorm", "runs"},
     "depth": {"tensors", "identity", "grow", "shrink", "insert"},
 }
 
 # Files that are one thing and would not be clearer in two, with the length that they may have.
-LONG = {"labels": 520}
+LONG = {"labels": 570}
 
 
 def place(module: str) -> str:
