@@ -38,12 +38,14 @@ class Call:
         function: the operator itself; running it on label tensors is how movement rules work.
         arguments: schema name -> value, defaults included; a Label for every tensor that carries neurons or data.
         shapes: the shapes of the tensors it returned.
+        strides: of the first tensor given, where it is the first of its storage.
     """
 
     name: str
     function: Any
     arguments: Mapping[str, Any]
     shapes: tuple[tuple[int, ...], ...]
+    strides: tuple[int, ...] | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -253,7 +255,8 @@ class Interpretation(Context):
         arguments = {k: pytree.tree_map(swap, v) for k, v in bound.items()}
         if skip is not None:
             arguments["weight"] = self.weight(skip, arguments["groups"])
-        call = Call(name, function, arguments, tuple(tuple(t.shape) for t in outputs))
+        strides = flat[0].stride() if name == "as_strided" and not flat[0].storage_offset() else None
+        call = Call(name, function, arguments, tuple(tuple(t.shape) for t in outputs), strides)
         made: Any = None
         if rule is not None:
             made = rule(self, call)

@@ -184,7 +184,9 @@ class Context:
         everything = np.arange(self.atoms.size)
         for rows, names, place in self.sorted:
             roots, all_roots = self._roots(rows), self.atoms.find(everything)
-            told = not distinct(np.sort(roots)) or bool((self.atoms.origin(everything)[np.isin(all_roots, roots)] >= 0).any())
+            told = not distinct(np.sort(roots)) or bool(
+                (self.atoms.origin(everything)[np.isin(all_roots, roots)] >= 0).any()
+            )
             told |= any(np.isin(self.atoms.find(np.concatenate(edge)), roots).any() for edge in self.atoms.edges)
             for who, marks, _ in self.atoms.tags:
                 at = np.isin(self.atoms.find(who), roots)
@@ -477,9 +479,15 @@ class Context:
         Sets that overlap can only stay in place; then the second result is True and the first fixed identities.
         """
         roots = self._roots(t)
+        over = tuple(d for d in gone if t.shape[d] > 1)
+        one = roots.max(over, keepdims=True)
+        if ((roots == one) | (roots < 0)).all():  # one neuron each, in more or fewer places: it is what remains
+            x, count = (a.ravel() for a in np.broadcast_arrays(one, (roots >= 0).sum(over, keepdims=True)))
+            self._mark(x[x >= 0], mix(count[x >= 0]), f"position ({self.place})")
+            return narrow(torch.from_numpy(one)), False
         ids = np.unique(roots[roots >= 0])
         self.atoms.tag(ids, np.full(len(ids), self.atoms.mark()))  # members of the set differ from non-members
-        sums = mix(roots).sum(axis=tuple(d for d in gone if t.shape[d] > 1), keepdims=True)
+        sums = mix(roots).sum(axis=over, keepdims=True)
         none = torch.full((1,) * t.dim(), -1)
         if (sums == sums.flat[0]).all():
             return none, False

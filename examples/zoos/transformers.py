@@ -207,7 +207,7 @@ TYPES: dict[str, tuple[str, dict[str, Any], Callable[[], Inputs]]] = {
         "mlp_ratios": [2, 2],
     }, lambda: image(32)),
     "levit": ("ForImageClassification", {
-        "image_size": 32, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
+        "image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 3, 4], "depths": [1, 1, 1],
         "key_dim": [4, 4, 4], "attention_ratio": [2, 2, 2], "mlp_ratio": [2, 2, 2],
         "down_ops": [["Subsample", 4, 4, 4, 2, 2], ["Subsample", 4, 6, 4, 2, 2]],
     }, lambda: image(64)),
@@ -256,17 +256,30 @@ TYPES: dict[str, tuple[str, dict[str, Any], Callable[[], Inputs]]] = {
             "model_type": "swin", "image_size": 64, "patch_size": 2, "embed_dim": 8, "depths": [1, 1, 1, 1],
             "num_heads": [2, 2, 2, 2], "window_size": 4, "out_features": ["stage1", "stage2", "stage3", "stage4"],
         },
-        "feature_size": 16, "mask_feature_size": 16, "hidden_dim": 16, "encoder_feedforward_dim": 24,
+        "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 24,
         "dim_feedforward": 24, "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 4, "num_queries": 5,
     }, lambda: image(64)),
     "perceiver": ("ForMaskedLM", {
-        "vocab_size": WORDS, "num_latents": 6, "d_latents": 16, "d_model": 12, "num_blocks": 1,
+        "vocab_size": WORDS, "num_latents": 6, "d_latents": 16, "d_model": 16, "num_blocks": 1,
         "num_self_attends_per_block": 1, "num_self_attention_heads": 4, "num_cross_attention_heads": 4,
         "qk_channels": 8, "v_channels": 16, "max_position_embeddings": 7,
     }, lambda: {"inputs": words(), "attention_mask": torch.ones(2, 7, dtype=torch.long)}),
 }  # fmt: skip
 
-EAGER = ("bert", "gpt2", "llama", "gpt_neox", "gemma2", "bart", "t5", "vit", "clip", "whisper", "wav2vec2", "modernbert")
+EAGER = (
+    "bert",
+    "gpt2",
+    "llama",
+    "gpt_neox",
+    "gemma2",
+    "bart",
+    "t5",
+    "vit",
+    "clip",
+    "whisper",
+    "wav2vec2",
+    "modernbert",
+)
 """Types built once more with attention written out instead of fused."""
 
 
@@ -280,5 +293,6 @@ def build(name: str, attention: str | None = None) -> tuple[nn.Module, Inputs]:
     """The network of one model type; ``attention`` names an implementation other than the type's default."""
     head, options, inputs = TYPES[name]
     config = transformers.AutoConfig.for_model(name, **options)
+    config.architectures = []  # which some types look into
     made = getattr(transformers, f"AutoModel{head}").from_config(config, attn_implementation=attention)
     return made.eval(), inputs()
