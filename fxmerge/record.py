@@ -87,8 +87,8 @@ def _recorded(
             if training:
                 torch.manual_seed(seed)  # what it was comes back
             recorder.run(*fresh(arguments))
-    except TraceError:
-        raise
+    except TraceError as error:
+        raise TraceError(f"{error}{user_line(error)}") from error
     except Exception as error:
         raise TraceError(f"stops{user_line(error)}: {told(error)}") from error
     return recorder

@@ -1235,7 +1235,9 @@ class ExpertsBySorting(_Experts):
         return torch.bmm(self.weight[chosen], x[order].unsqueeze(-1)).squeeze(-1)[back]
 
 
-@network(f(6) * f(7), POINT)  # a table of three entries, by place in the sorted batch, tells the rows and so the experts
+@network(
+    f(6) * f(7), POINT
+)  # a table of three entries, by place in the sorted batch, tells the rows and so the experts
 class ExpertsToldApartBySorting(_Experts):
     def experts(self, x: Tensor, gates: Tensor) -> Tensor:
         chosen, order = gates.argmax(-1).sort()
@@ -1331,3 +1333,21 @@ class ConstantsByData(nn.Module):
     def forward(self, words: Tensor) -> Tensor:
         scale = self.table.expand(2, -1).gather(1, words) + self.table[words] + self.table.index_select(0, words[0])
         return self.head(self.words(words) * scale.unsqueeze(-1)).mean(1)
+
+
+# Tokens in chunks of four, the last one padded; the state of all chunks starts at zero.
+@network(f(8) * f(2) * f(4) ** 2 * f(4) ** 2, TOKENS)
+class PaddedChunks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.decay, self.head = nn.Linear(5, 8), nn.Linear(8, 2), nn.Linear(8, 3)
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        q, k, v = (F.pad(layer(x), (0, 0, 0, 2)).reshape(2, 2, 4, 2, 4) for layer in (self.q, self.k, self.v))
+        decay = F.pad(self.decay(x).sigmoid(), (0, 0, 0, 2)).reshape(2, 2, 4, 2, 1)
+        state = torch.einsum("bclhe,bclhv->bchev", k * decay, v)
+        state = torch.cat([torch.zeros_like(state[:, :1]), state], dim=1)[:, :2]
+        made = torch.einsum("bclhe,bchev->bclhv", q, state).reshape(2, 8, 8)[:, :6]
+        return self.head(made + v.reshape(2, 8, 8)[:, :6]).mean(1)

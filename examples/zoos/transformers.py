@@ -187,7 +187,9 @@ TYPES: dict[str, tuple[str, dict[str, Any], Callable[[], Inputs]]] = {
     "deit": ("ForImageClassification", IMAGE, image),
     "beit": ("ForImageClassification", IMAGE | {"use_relative_position_bias": True}, image),
     "dinov2": ("ForImageClassification", IMAGE, image),
-    "siglip": ("ForZeroShotImageClassification", {"text_config": TEXT, "vision_config": IMAGE}, lambda: text() | image()),
+    "siglip": ("ForZeroShotImageClassification", {
+        "text_config": TEXT, "vision_config": IMAGE,
+    }, lambda: text() | image()),
     "clip": ("ForZeroShotImageClassification", {
         "text_config": TEXT, "vision_config": IMAGE, "projection_dim": 8,
     }, lambda: text() | image()),
@@ -215,7 +217,9 @@ TYPES: dict[str, tuple[str, dict[str, Any], Callable[[], Inputs]]] = {
         "depths": [1, 1], "hidden_sizes": [8, 12], "patch_sizes": [7, 3], "strides": [4, 2], "padding": [2, 1],
         "num_encoder_blocks": 2,
     }, lambda: image(32)),
-    "convnext": ("ForImageClassification", {"hidden_sizes": [8, 12], "depths": [1, 1], "num_stages": 2}, lambda: image(32)),
+    "convnext": ("ForImageClassification", {
+        "hidden_sizes": [8, 12], "depths": [1, 1], "num_stages": 2,
+    }, lambda: image(32)),
     "convnextv2": ("ForImageClassification", {
         "hidden_sizes": [8, 12], "depths": [1, 1], "num_stages": 2,
     }, lambda: image(32)),
