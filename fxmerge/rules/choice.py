@@ -191,7 +191,7 @@ def added(ctx: Any, call: Any) -> Any:
 def put(ctx: Any, call: Any) -> Any:
     """x[i, j, ..] = values, where the data say; x[i] = 0, 1, 2, .. makes the names of the rows that i has."""
     x, values, shape = ctx.lift(call["self"]), call["values"], call.shapes[0]
-    given = [None if i is None else ctx.lift(i) for i in call["indices"]]
+    given: list[Any] = [None if i is None else ctx.lift(i) for i in call["indices"]]
     count = shape[0] if shape else 0
     if (
         len(given) == x.ndim == 1
