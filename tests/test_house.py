@@ -41,7 +41,7 @@ BASES = {
 }
 
 # Files that are one thing and would not be clearer in two, with the length that they may have.
-LONG = {"labels": 580, "classes": 410}
+LONG = {"labels": 580}
 
 
 def place(module: str) -> str:
