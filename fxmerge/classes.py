@@ -204,8 +204,12 @@ def _build(
     groups: list[tuple[list[int], str | None]] = []
     together: dict[Any, list[int]] = {}
     signature = np.zeros(len(root), np.int64)
-    np.add.at(signature, root, mix(found.atoms.origin(np.arange(len(root))) + 1))
+    origin = found.atoms.origin(np.arange(len(root)))
+    np.add.at(signature, root, mix(origin + 1))
+    placed = np.union1d(root[origin >= 0], np.concatenate([child, block]))  # the others are rows of a sorted batch
     for k in range(len(shades)):
+        if not np.isin(members[k], placed).any():
+            continue
         reason = pinned.get(k)
         if reason is None:
             groups.append(([k], None))

@@ -8,7 +8,7 @@ not yet taken apart. Values that depend on neither inputs nor parameters are con
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxmerge.atoms import Atoms
 from fxmerge.ir import OUTPUT, Site, Traced
 from fxmerge.labels import Context, Label, combine, varying
-from fxmerge.rules import MOVEMENT, RULES
+from fxmerge.rules import FOLLOWED, MOVEMENT, RULES
 from fxmerge.running import bind, evaluating
 
 
@@ -38,12 +38,14 @@ class Call:
         function: the operator itself; running it on label tensors is how movement rules work.
         arguments: schema name -> value, defaults included; a Label for every tensor that carries neurons or data.
         shapes: the shapes of the tensors it returned.
+        strides: of the first tensor given, where it is the first of its storage.
     """
 
     name: str
     function: Any
     arguments: Mapping[str, Any]
     shapes: tuple[tuple[int, ...], ...]
+    strides: tuple[int, ...] | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -91,8 +93,8 @@ class Interpretation(Context):
         self.traced = traced
         self.unknown_ops: list[tuple[str, str]] = []
         self.seen: list[tuple[str, int, np.ndarray]] = []
-        # id -> (the tensor, kept alive so that ids stay unique; its label, or what makes it once it is asked for)
-        self._labels: dict[int, tuple[Tensor, Label | Callable[[], Label]]] = {}
+        # id -> (the tensor, kept alive so that ids stay unique; its label)
+        self._labels: dict[int, tuple[Tensor, Label]] = {}
         self._names: dict[tuple[Any, ...], str] = {}
         self._state: dict[tuple[Any, ...], str] = {}
         self.aliases: dict[str, tuple[str, ...]] = {}
@@ -121,9 +123,7 @@ class Interpretation(Context):
 
     def _held(self, t: Tensor) -> Label | None:
         found = self._labels.get(id(t))
-        if found is None:
-            return None
-        return found[1] if isinstance(found[1], Label) else self._remember(t, found[1]())
+        return None if found is None else found[1]
 
     def is_constant(self, t: Tensor) -> bool:
         """Whether a value depends on neither inputs nor parameters."""
@@ -205,7 +205,8 @@ class Interpretation(Context):
         for t in pytree.tree_leaves(outputs):
             if isinstance(t, Tensor) and (made := self.label_of(t)) is not None:
                 self.place = "output"
-                self.pin(made, OUTPUT)
+                self.pin(self.settle(made), OUTPUT)
+        self.settle_rows()
         self._labels.clear()
         self._pin_unread()
 
@@ -250,12 +251,13 @@ class Interpretation(Context):
             if not isinstance(x, Tensor) or x is skip:
                 return x
             label = self.label_of(x)
-            return x if label is None else label
+            return x if label is None else label if name in FOLLOWED else self.settle(label)
 
         arguments = {k: pytree.tree_map(swap, v) for k, v in bound.items()}
         if skip is not None:
             arguments["weight"] = self.weight(skip, arguments["groups"])
-        call = Call(name, function, arguments, tuple(tuple(t.shape) for t in outputs))
+        strides = flat[0].stride() if name == "as_strided" and not flat[0].storage_offset() else None
+        call = Call(name, function, arguments, tuple(tuple(t.shape) for t in outputs), strides)
         made: Any = None
         if rule is not None:
             made = rule(self, call)
@@ -269,7 +271,7 @@ class Interpretation(Context):
             said = combine(
                 [zlib.crc32(name.encode()), *(self._kind(x) for x in pytree.tree_leaves(list(arguments.values())))]
             )
-            made = [_called(label, combine([said, k])) for k, label in enumerate(made)]
+            made = [replace(label, kind=combine([said, k])) for k, label in enumerate(made)]
         before = args[0] if function._schema.is_mutable and args else None
         for t, label in zip(outputs, made, strict=False):
             if t is before and t._base is not None and t._base is not t:
@@ -305,13 +307,6 @@ class Interpretation(Context):
             return whole
 
         self._remember(base, self.join([around, label], write, around.shape))
-
-
-def _called(label: Any, kind: int) -> Any:
-    """The label, or what makes it, under the kind of the operation."""
-    if isinstance(label, Label):
-        return replace(label, kind=kind)
-    return lambda: replace(label(), kind=kind)
 
 
 def _same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:

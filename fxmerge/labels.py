@@ -32,8 +32,20 @@ from fxmerge.ir import Site
 
 
 @dataclass(frozen=True, eq=False)
+class Order:
+    """What a value that speaks of neurons says: v is the name of ``atoms[v]``; v[i] is where those of atom i end."""
+
+    what: str  # "names", "ends", or "places": of neurons that cannot be told
+    atoms: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Label:
-    """The label of one value; see the module's text. ``learned``: made of parameters and constants alone."""
+    """The label of one value; see the module's text.
+
+    ``learned``: made of parameters and constants alone. ``order``: the values follow the order of some neurons, which
+    pins these where a rule without an answer to that uses them.
+    """
 
     shape: tuple[int, ...]
     neurons: tuple[Tensor, ...] = ()
@@ -41,6 +53,7 @@ class Label:
     kind: int = 0
     learned: bool = False
     why: str = "position"
+    order: Order | None = None
 
     @property
     def ndim(self) -> int:
@@ -98,6 +111,7 @@ class Context:
         self._chained = False  # whether neurons of one value became one
         self.met: list[tuple[Tensor, Tensor, bool]] = []  # what met entry by entry, and whether to be summed over
         self._summed: int | None = None  # the first dimension that is
+        self.sorted: list[tuple[Tensor, Tensor, str]] = []  # rows, the atoms in whose order they stand, and where
 
     # -- making labels -------------------------------------------------------------------------------------------
 
@@ -143,6 +157,47 @@ class Context:
         for t in label.neurons:
             self.atoms.pin(t.numpy().ravel(), reason)
 
+    def settle(self, label: Label) -> Label:
+        """The label of a value that is used for what it says of an order: that order may not change."""
+        if label.order is None:
+            return label
+        self.atoms.pin(label.order.atoms.numpy(), f"the order along an axis matters ({self.place})")
+        return replace(label, order=None)
+
+    def rows(self, count: int, order: Order) -> Tensor:
+        """Fresh atoms for rows sorted by names: these may move only if nothing tells the rows apart."""
+        rows = torch.from_numpy(self.atoms.fresh(count, -1))
+        self.sorted.append((rows, order.atoms, self.place))
+        return rows
+
+    def stand_in(self, label: Label, atoms: Tensor) -> bool:
+        """Whether the entries of a value along its first axis were sorted by the names of these atoms."""
+        along = [self._roots(t).ravel() for t in label.neurons if varying(t) == (0,)]
+        return any(
+            np.array_equal(self._roots(names), self._roots(atoms)) and np.array_equal(self._roots(rows), t)
+            for rows, names, _ in self.sorted
+            for t in along
+        )
+
+    def settle_rows(self) -> None:
+        """At the end: names stay where rows that were sorted by them are told apart. Rows are no neurons."""
+        everything = np.arange(self.atoms.size)
+        for rows, names, place in self.sorted:
+            roots, all_roots = self._roots(rows), self.atoms.find(everything)
+            told = not distinct(np.sort(roots)) or bool(
+                (self.atoms.origin(everything)[np.isin(all_roots, roots)] >= 0).any()
+            )
+            told |= any(np.isin(self.atoms.find(np.concatenate(edge)), roots).any() for edge in self.atoms.edges)
+            for who, marks, _ in self.atoms.tags:
+                at = np.isin(self.atoms.find(who), roots)
+                if at.any():
+                    total = np.zeros(self.atoms.size, np.int64)
+                    np.add.at(total, self.atoms.find(who[at]), mix(marks[at]))
+                    told |= not (total[roots] == total[roots[0]]).all()
+            if told:
+                self.atoms.pin(names.numpy(), f"rows sorted by it are told apart ({place})")
+            self.atoms.union(np.full(len(roots) - 1, roots[0]), roots[1:])
+
     # -- moving --------------------------------------------------------------------------------------------------
 
     def move(self, label: Label, function: Callable[[Tensor], Any], shape: Sequence[int]) -> Label:
@@ -162,6 +217,7 @@ class Context:
 
     def join(self, labels: Sequence[Label], function: Callable[[list[Tensor]], Tensor], shape: Sequence[int]) -> Label:
         """Several values moved into one (cat, stack, a write in place): label tensors pair up by what they vary in."""
+        labels = [self.settle(label) for label in labels]
 
         def paired(kind: str) -> tuple[Tensor, ...]:
             rows: list[list[Tensor | None]] = []
@@ -423,9 +479,15 @@ class Context:
         Sets that overlap can only stay in place; then the second result is True and the first fixed identities.
         """
         roots = self._roots(t)
+        over = tuple(d for d in gone if t.shape[d] > 1)
+        one = roots.max(over, keepdims=True)
+        if ((roots == one) | (roots < 0)).all():  # one neuron each, in more or fewer places: it is what remains
+            x, count = (a.ravel() for a in np.broadcast_arrays(one, (roots >= 0).sum(over, keepdims=True)))
+            self._mark(x[x >= 0], mix(count[x >= 0]), f"position ({self.place})")
+            return narrow(torch.from_numpy(one)), False
         ids = np.unique(roots[roots >= 0])
         self.atoms.tag(ids, np.full(len(ids), self.atoms.mark()))  # members of the set differ from non-members
-        sums = mix(roots).sum(axis=tuple(d for d in gone if t.shape[d] > 1), keepdims=True)
+        sums = mix(roots).sum(axis=over, keepdims=True)
         none = torch.full((1,) * t.dim(), -1)
         if (sums == sums.flat[0]).all():
             return none, False

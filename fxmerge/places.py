@@ -48,7 +48,7 @@ def find_taps(
         at = np.flatnonzero(ids >= 0)
         who = root[ids[at]]
         cls, pos = number[who], place[who]
-        for c in np.unique(cls):
+        for c in np.unique(cls[cls >= 0]):
             mine = np.flatnonzero(cls == c)
             mine = mine[np.argsort(pos[mine], kind="stable")]
             counts = np.bincount(pos[mine], minlength=sizes[c])

@@ -41,9 +41,9 @@ def record(
         raise TraceError("does not look into compiled modules: give the module that torch.compile was given")
     first, run = _first(module, (args, kwargs))
     notes = [*first.notes]
-    if first.flags:
-        _follow_mode(first, partial(run, (args, kwargs)))
-    graph_module, why = _follow_batch(first, run, module, (args, kwargs))
+    trained = _told_in_training(first, partial(run, (args, kwargs)))
+    _follow_mode(first, trained)
+    graph_module, why = _follow_batch(first, run, module, (args, kwargs), trained)
     if why is not None:
         notes.append(f"the batch size is fixed in the graph: {why}")
     _assert_shapes(graph_module, first.inputs, fixed=why is not None)
@@ -76,16 +76,20 @@ def _first(module: nn.Module, arguments: Arguments) -> tuple[Recorder, Run]:
     return found[missing.index(min(missing))]
 
 
-def _recorded(module: nn.Module, arguments: Arguments, *, training: bool = False, dropping: bool = False) -> Recorder:
-    """One run; ``dropping`` what the network keeps of earlier ones."""
+def _recorded(
+    module: nn.Module, arguments: Arguments, *, training: bool = False, seed: int = 0, dropping: bool = False
+) -> Recorder:
+    """One run, in training mode from a seed; ``dropping`` what the network keeps of earlier ones."""
     recorder = Recorder(module)
     try:
         with evaluating(module), _dropping(module) if dropping else nullcontext():
             for m in module.modules():
                 m.training = training
+            if training:
+                torch.manual_seed(seed)  # what it was comes back
             recorder.run(*fresh(arguments))
-    except TraceError:
-        raise
+    except TraceError as error:
+        raise TraceError(f"{error}{user_line(error)}") from error
     except Exception as error:
         raise TraceError(f"stops{user_line(error)}: {told(error)}") from error
     return recorder
@@ -103,20 +107,32 @@ def _dropping(module: nn.Module) -> Iterator[None]:
             p.copy_(value)
 
 
-def _follow_mode(recorder: Recorder, run: Run) -> None:
+_DRAWS = 4  # runs in which every layer should have been used once
+
+
+def _told_in_training(recorder: Recorder, run: Run) -> dict[tuple[str, str, int], Any]:
+    """What functions are told in training mode; in several runs, as some networks leave layers out at random."""
+    told: dict[tuple[str, str, int], Any] = {}
+    for seed in range(_DRAWS):
+        if recorder.flags.keys() <= told.keys():
+            break
+        try:
+            told |= {key: flag.value for key, flag in run(training=True, seed=seed).flags.items()}
+        except TraceError:  # batch statistics of one sample, for example
+            break
+    return told
+
+
+def _follow_mode(recorder: Recorder, trained: Mapping[tuple[str, str, int], Any]) -> None:
     """Functions that are told whether the network trains (dropout, attention) ask a layer of the graph.
 
-    Which do, and which are told a constant, is seen in a run in training mode.
+    Which do, and which are told a constant, is seen by what they are told in training mode.
     """
-    try:
-        trained = run(training=True).flags
-    except TraceError:  # batch statistics of one sample, for example
-        return
     graph = recorder.graph
     kept = set(graph.nodes)
     layers = [str(node.target) for node in graph.find_nodes(op="call_module")]
     for key, flag in recorder.flags.items():
-        node, told_then = flag.node, trained[key].value if key in trained else flag.value
+        node, told_then = flag.node, trained.get(key, flag.value)
         if node not in kept or not layers or flag.value == told_then:
             continue
         inside = [path for path in layers if path.startswith(f"{key[0]}.")] or layers
@@ -126,7 +142,7 @@ def _follow_mode(recorder: Recorder, run: Run) -> None:
 
 
 def _follow_batch(
-    recorder: Recorder, run: Run, module: nn.Module, arguments: Arguments
+    recorder: Recorder, run: Run, module: nn.Module, arguments: Arguments, trained: Mapping[tuple[str, str, int], Any]
 ) -> tuple[fx.GraphModule, str | None]:
     """The graph for any batch size where a run on twice the batch tells how; else the graph as it is, and why."""
     fixed = recorder.built(module)
@@ -137,8 +153,7 @@ def _follow_batch(
         other = run(twice)
     except TraceError as error:
         return fixed, f"on twice the batch, recording {error}"
-    if recorder.flags:
-        _follow_mode(other, partial(run, twice))
+    _follow_mode(other, trained)
     if recorder.constants.keys() == other.constants.keys() and difference(recorder.constants, other.constants):
         raise TraceError(
             "meets a tensor that follows the inputs and that no torch function made (but NumPy, a scripted function, "

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
@@ -258,10 +259,13 @@ def difference(expected: Any, actual: Any) -> str | None:
 
 
 class Doubled(TorchFunctionMode):
-    """Inside, whatever is cast to another floating dtype, or made of one, is of float64."""
+    """Inside, whatever is cast to another floating dtype, or made of one, is of float64.
+
+    Operations that have no kernel for float64 are computed from those that have.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func = Tensor.double if func in _CASTS else func
+        func = Tensor.double if func in _CASTS else _WRITTEN_OUT.get(func, func)
         args, kwargs = pytree.tree_map(_doubled, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -301,7 +305,32 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 
+def _grouped_product(
+    x: Tensor, y: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """One matrix product per group; ``offs`` [groups] are the ends of the groups along the axis that holds them.
+
+    [m, k] [groups, k, n]: of the rows; [groups, m, k] [k, n]: of the columns; [m, k] [k, n]: of the terms, and one
+    product per group; [groups, m, k] [groups, k, n]: of none.
+    """
+    if offs is None:
+        out = torch.bmm(x, y)
+    else:
+        ends = offs.tolist()
+        spans = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        flat = x.dim() == 2, y.dim() == 2
+        parts = [
+            (x[:, at] if all(flat) else x[at] if flat[0] else x[g])
+            @ (y[at] if all(flat) else y[:, at] if flat[1] else y[g])
+            for g, at in enumerate(spans)
+        ]
+        out = torch.stack(parts) if all(flat) else torch.cat(parts, 0 if flat[0] else 1)
+    return out if bias is None else out + bias
+
+
 _CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+_GROUPED = (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None))  # of recent versions
+_WRITTEN_OUT = {function: _grouped_product for function in _GROUPED if function is not None}
 
 
 def _doubled(leaf: Any) -> Any:

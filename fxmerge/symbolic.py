@@ -60,9 +60,9 @@ def symbolic(
 
 
 def unread(graph_module: fx.GraphModule, source: nn.Module) -> list[str]:
-    """Names of the parameters that the graph does not use."""
-    kept = {name for name, _ in graph_module.named_parameters(remove_duplicate=False)}
-    return [name for name, _ in source.named_parameters() if name not in kept]
+    """Names of the parameters that the graph does not use, under that name or another."""
+    kept = {id(parameter) for parameter in graph_module.parameters()}
+    return [name for name, parameter in source.named_parameters() if id(parameter) not in kept]
 
 
 def arrange(graph_module: fx.GraphModule, source: nn.Module) -> None:

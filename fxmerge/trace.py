@@ -57,7 +57,10 @@ def trace(module: nn.Module, example_inputs: Any = None, *, check: bool = True) 
         notes = (sentence,)
     args, kwargs = to_device(as_call(example_inputs), next(module.parameters()).device)
     bind_forward(module, args, kwargs)  # what does not fit is told in terms of the call, not of some layer inside
-    expected = run_eager(module, args, kwargs) if check else None
+    expected = None
+    if check:
+        expected = run_eager(module, args, kwargs)
+        _require_tensors(module, expected)
     failures: list[str] = []
     for origin, front_end in (("symbolic", symbolic), ("recorded", record)):
         try:
@@ -69,6 +72,7 @@ def trace(module: nn.Module, example_inputs: Any = None, *, check: bool = True) 
             failures.append(str(error))
             continue
         notes += tuple(f"recorded from one run of the network, since symbolic tracing {why}" for why in failures)
+        _require_tensors(module, output)
         return Traced(graph_module, module, args, kwargs, shapes, origin, notes + found)
     raise TraceError(
         f"{type(module).__name__} cannot be traced: symbolic tracing {failures[0]}; recording a run {failures[1]}.\n"
@@ -112,8 +116,9 @@ def _require_usable(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise InputError(f"expected an nn.Module, got {type(module).__name__}")
     name = type(module).__name__
-    if isinstance(module, torch.jit.ScriptModule):
-        raise InputError(f"{name} is compiled by torch.jit; give the module that it was made of")
+    if scripted := [path for path, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]:
+        what = name if not scripted[0] else f"{scripted[0]!r} of {name}"
+        raise InputError(f"{what} is compiled by torch.jit; give the module that it was made of")
     parameters = dict(module.named_parameters())
     tensors = parameters | dict(module.named_buffers())
     if lazy := [key for key, tensor in tensors.items() if is_lazy(tensor)]:
@@ -124,6 +129,11 @@ def _require_usable(module: nn.Module) -> None:
         raise InputError(
             f"{few(packed)} of {name} are quantised or packed; merge the floating-point networks and quantise the "
             "result"
+        )
+    if wide := [key for key, parameter in parameters.items() if parameter.is_complex()]:
+        raise InputError(
+            f"{few(wide)} of {name} are complex, which merging does not do; hold their real and imaginary parts in one "
+            "real parameter (torch.view_as_real) and join them in forward (torch.view_as_complex)"
         )
     if not parameters:
         raise InputError(f"{name} has no parameters, so there is nothing to merge")
@@ -137,9 +147,19 @@ def _require_usable(module: nn.Module) -> None:
 
 
 def _is_packed(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.is_quantized
-    return any(isinstance(leaf, torch.ScriptObject) or _is_packed(leaf) for leaf in pytree.tree_leaves(value))
+    return any(
+        leaf.is_quantized if isinstance(leaf, Tensor) else isinstance(leaf, torch.ScriptObject)
+        for leaf in pytree.tree_leaves(value)
+    )
+
+
+def _require_tensors(module: nn.Module, output: Any) -> None:
+    """An output without tensors says nothing of what must be kept."""
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(plain(output))):
+        raise InputError(
+            f"{type(module).__name__} returns no tensor but {type(output).__name__}, so nothing says what a merge must "
+            "keep; give a module whose forward returns its tensors"
+        )
 
 
 def _suspects(tensors: Mapping[str, Tensor]) -> list[str]:

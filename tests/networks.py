@@ -1181,3 +1181,173 @@ class LatentsReadApart(LearnedLatents):
         weights = (self.q(self.latents) @ self.k(x).transpose(1, 2)).softmax(-1)
         z = self.norm(self.latents + self.out(weights @ self.v(x)))
         return self.head(torch.cat([z[:, :2].mean(1), z[:, 2:].flatten(1)], dim=1))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Entries chosen by value
+# --------------------------------------------------------------------------------------------------------------
+
+
+class _Experts(nn.Module):
+    """A router that chooses among four matrices: they move with its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.router, self.head = nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(7, 3)
+        self.weight, self.bias = nn.Parameter(torch.empty(4, 7, 6)), nn.Parameter(torch.empty(4, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        return self.head(self.experts(x, self.router(x).softmax(-1)))
+
+
+@network(f(6) * f(4) * f(7), POINT)
+class ExpertsByIndex(_Experts):
+    def experts(self, x: Tensor, gates: Tensor) -> Tensor:
+        values, chosen = gates.topk(2, dim=-1)
+        made = torch.einsum("nkoi,ni->nko", self.weight[chosen], x) + self.bias[chosen]
+        return (made * values.unsqueeze(-1)).sum(1)
+
+
+@network(f(6) * f(4) * f(7), POINT)
+class ExpertsByScatter(_Experts):
+    def experts(self, x: Tensor, gates: Tensor) -> Tensor:
+        values, chosen = gates.sort(dim=-1, descending=True)
+        gates = torch.zeros_like(gates).scatter(1, chosen[:, :2], values[:, :2])
+        return torch.einsum("ne,eoi,ni->no", gates, self.weight, x) + gates @ self.bias
+
+
+@network(f(6) * f(4) * f(7), POINT)
+class ExpertsByOneHot(_Experts):
+    def experts(self, x: Tensor, gates: Tensor) -> Tensor:
+        chosen = gates.argmax(-1)
+        picked = F.one_hot(chosen, 4).to(x)
+        return torch.einsum("ne,eoi,ni->no", picked, self.weight, x) * gates.gather(1, chosen.unsqueeze(-1))
+
+
+# Each row goes to its expert's part of a sorted batch and back; the rows of the sorted batch are alike.
+@network(f(6) * f(4) * f(7), POINT)
+class ExpertsBySorting(_Experts):
+    def experts(self, x: Tensor, gates: Tensor) -> Tensor:
+        chosen, order = gates.argmax(-1).sort()
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        return torch.bmm(self.weight[chosen], x[order].unsqueeze(-1)).squeeze(-1)[back]
+
+
+@network(
+    f(6) * f(7), POINT
+)  # a table of three entries, by place in the sorted batch, tells the rows and so the experts
+class ExpertsToldApartBySorting(_Experts):
+    def experts(self, x: Tensor, gates: Tensor) -> Tensor:
+        chosen, order = gates.argmax(-1).sort()
+        made = torch.bmm(self.weight[chosen], x[order].unsqueeze(-1)).squeeze(-1) * torch.arange(3).unsqueeze(-1)
+        return made[order.argsort()]
+
+
+@network(f(6) * f(7), POINT)  # the number of the expert is used as a number
+class ExpertsByNumber(_Experts):
+    def experts(self, x: Tensor, gates: Tensor) -> Tensor:
+        chosen = gates.argmax(-1)
+        return torch.einsum("noi,ni->no", self.weight[chosen], x) * (1 + chosen.unsqueeze(-1))
+
+
+# Two heads, each sampling its three channels at coordinates of its own; x and y differ.
+@network(f(2) * f(3) ** 2, IMAGE)
+class SampledHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.place, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.value(x).reshape(4, 3, 8, 8)
+        grid = torch.tanh(self.place(x)).reshape(4, 2, 8, 8).permute(0, 2, 3, 1)
+        return self.head(F.grid_sample(values, grid, align_corners=False).reshape(2, 6, 8, 8)).mean((2, 3))
+
+
+@network(f(8), TOKENS)  # windows of two tokens by their addresses, in a tensor that is laid out the other way round
+class StridedWindows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 8), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x.transpose(0, 1))).transpose(0, 1)
+        windows = x.as_strided((2, 5, 2, 8), (8, 16, 16, 1))
+        return self.head(windows.flatten(2)).mean(1)
+
+
+# Every head mixes three neighbours by weights computed from the token; at the ends, zeros stand for neighbours.
+@network(f(8) * f(2) * f(4) ** 2, TOKENS)
+class DynamicConvolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.value, self.kernel, self.head = (nn.Linear(*s) for s in ((5, 8), (8, 8), (8, 6), (8, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        values = F.unfold(self.value(x).transpose(1, 2).unsqueeze(-1), (3, 1), padding=(1, 0))
+        kernel = self.kernel(x).reshape(-1, 3, 1).softmax(1)
+        return self.head((values.transpose(1, 2).reshape(-1, 4, 3) @ kernel).reshape(2, 6, 8)).mean(1)
+
+
+@network(f(8), TOKENS)  # pooled along tokens alone
+class PooledTokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.avg_pool2d(torch.tanh(self.stem(x)).unsqueeze(1), (2, 1)).squeeze(1)).mean(1)
+
+
+@network(f(4) * f(8) * f(3) * f(6) * f(7), TOKENS)  # a kernel of one latent keeps latents apart
+class LatentsThroughConvolution(LearnedLatents):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer, self.head = nn.Conv1d(8, 7, 1), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.q(self.latents) @ self.k(x).transpose(1, 2)).softmax(-1)
+        z = self.latents + self.out(weights @ self.v(x))
+        return self.head(torch.tanh(self.mixer(z.transpose(1, 2))).mean(-1))
+
+
+@network(f(8), POINT)  # one learned number
+class LearnedNumber(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.scale = nn.Linear(5, 8), nn.Linear(8, 3), nn.Parameter(torch.empty(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.stem(x)) * self.scale.exp().to(x.dtype))
+
+
+@network(f(8), WORDS)  # a table that was not trained, read where the data say
+class ConstantsByData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 8), nn.Linear(8, 3)
+        self.register_buffer("table", torch.arange(9.0).sin())
+
+    def forward(self, words: Tensor) -> Tensor:
+        scale = self.table.expand(2, -1).gather(1, words) + self.table[words] + self.table.index_select(0, words[0])
+        return self.head(self.words(words) * scale.unsqueeze(-1)).mean(1)
+
+
+# Tokens in chunks of four, the last one padded; the state of all chunks starts at zero.
+@network(f(8) * f(2) * f(4) ** 2 * f(4) ** 2, TOKENS)
+class PaddedChunks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.decay, self.head = nn.Linear(5, 8), nn.Linear(8, 2), nn.Linear(8, 3)
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        q, k, v = (F.pad(layer(x), (0, 0, 0, 2)).reshape(2, 2, 4, 2, 4) for layer in (self.q, self.k, self.v))
+        decay = F.pad(self.decay(x).sigmoid(), (0, 0, 0, 2)).reshape(2, 2, 4, 2, 1)
+        state = torch.einsum("bclhe,bclhv->bchev", k * decay, v)
+        state = torch.cat([torch.zeros_like(state[:, :1]), state], dim=1)[:, :2]
+        made = torch.einsum("bclhe,bchev->bclhv", q, state).reshape(2, 8, 8)[:, :6]
+        return self.head(made + v.reshape(2, 8, 8)[:, :6]).mean(1)

@@ -240,7 +240,9 @@ class _Search:
 
     def parameters(self, colouring: Colouring, draw: int) -> dict[str, Tensor]:
         return {
-            name: torch.from_numpy(self.draws[draw][name][0][tuple(self.colours(name, colouring))]).view(t.shape)
+            name: torch.from_numpy(np.asarray(self.draws[draw][name][0][tuple(self.colours(name, colouring))])).view(
+                t.shape
+            )
             for name, t in self.tensors.items()
         }
 

@@ -19,7 +19,7 @@ ROWS = {
     "budget": ("1.0", "2.0", "parents", "ensemble"),
     "depth": ("deeper", "ensemble", "grown", "shrunk, least squares"),
     "teacher_student": ("teacher", "student", "fused", "fused, distilled"),
-    "transformers": ("as they are", "weights", "activations, norms folded, least squares"),
+    "attention": ("as they are", "weights", "activations, norms folded, least squares"),
     "heads": ("parents side by side", "average", "OTFusion", "PLeaS, 1.5x"),
 }
 

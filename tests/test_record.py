@@ -519,3 +519,46 @@ def test_constants_of_either_front_end_reach_the_fused_network():
         result = fxmerge.merge(module, net(body), example_inputs=X, progress=False)
         assert list(result.module.state_dict()) == list(module.state_dict())
         assert_follows(fxmerge.merge(module, module, example_inputs=X, progress=False).module, module, X)
+
+
+class Skipping(nn.Module):
+    """In training, each of its layers is left out every other time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Cell() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if not (self.training and torch.rand(()) < 0.5):
+                x = layer(x)
+        return x
+
+
+def test_layers_left_out_at_random_in_training_follow_mode_and_batch():
+    graph_module, notes = record(Skipping(), (X,), {})
+    assert notes == ()
+    assert graph_module(X.repeat(5, 1)).shape == (10, 6)
+    told = [n.kwargs["training"] for n in graph_module.graph.nodes if n.target is F.dropout]
+    assert len(told) == 4
+    assert not any(isinstance(value, bool) for value in told)
+
+
+def test_a_tied_parameter_is_read_under_any_of_its_names():
+    def body(self, x):
+        return self.head(x)
+
+    _, notes = record(Net(body), (X,), {})
+    (unread,) = notes
+    assert "'layer.weight'" in unread
+    assert "layer.bias" not in unread
+    assert "head.bias" not in unread
+
+
+def test_a_refusal_while_recording_names_the_line():
+    def body(self, x):
+        x.data = x.data * 2
+        return self.head(x)
+
+    with pytest.raises(TraceError, match=r"assignment to .data.* at .*test_record.py:\d+, in body"):
+        record(Net(body), (X,), {})

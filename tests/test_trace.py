@@ -299,7 +299,7 @@ def put(module: nn.Module, name: str, value: float) -> None:
     module.get_parameter(name).data.flatten()[:2] = value
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning", "ignore:.*torch.jit.script:Warning")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -316,11 +316,26 @@ def put(module: nn.Module, name: str, value: float) -> None:
             lambda m: m.register_parameter("q", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)),
             "'q' .*quantised",
         ),
+        (
+            lambda m: m[0].register_parameter("turn", nn.Parameter(torch.ones(2, dtype=torch.complex64))),
+            "'0.turn' .*complex.*view_as_real",
+        ),
+        (lambda m: m.append(torch.ao.nn.quantized.dynamic.Linear(4, 4)), "_packed_params.*quantised"),
+        (lambda m: m.append(torch.jit.script(nn.Linear(4, 4))), "'2' of Sequential is compiled by torch.jit"),
     ],
 )
 def test_unusable_parameters_are_named(change, message):
     with pytest.raises(InputError, match=message):
         trace(broken(change), torch.rand(2, 3))
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("make", [lambda y: None, lambda y: float(y.sum()), lambda y: {"loss": 1}])
+def test_an_output_without_tensors_is_refused(make, check):
+    module = nn.Linear(3, 4)
+    module.forward = lambda x, real=module.forward: make(real(x))
+    with pytest.raises(InputError, match=r"Linear returns no tensor but .*keep"):
+        trace(module, torch.rand(2, 3), check=check)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ def _convolve(ctx: Any, call: Any, transposed: Any) -> Any:
     space = [f"s{k}" for k in range(n)]
     kernel = [f"k{k}" for k in range(n)]
     shape = call.shapes[0]
-    x = ctx.windows(x, range(batch + 1, x.ndim), shape[batch + 1 :])
+    mixed = [d for d in range(batch + 1, x.ndim) if not _single(call, d - batch - 1, w.shape[d - batch + 1])]
+    x = ctx.windows(x, mixed, [shape[d] for d in mixed])
     inside = x.shape[batch] // g
     split = (*x.shape[:batch], g, inside, *x.shape[batch + 1 :])
     x = ctx.move(x, lambda t: t.reshape(split), split)
@@ -110,6 +111,13 @@ def _convolve(ctx: Any, call: Any, transposed: Any) -> Any:
         return y
     lay = [1] * batch + [shape[batch]] + [1] * n
     return ctx.align(y, ctx.move(ctx.lift(call["bias"]), lambda t: t.reshape(lay), lay), shape=shape)
+
+
+def _single(call: Any, d: Any, kernel: Any) -> Any:
+    """Whether a window along the d-th axis of space is one entry, each in its place."""
+    stride, padding = call["stride"], call["padding"]
+    pad = {"valid": 0, "same": 0}[padding] if isinstance(padding, str) else padding[d % len(padding)]
+    return (kernel, stride[d % len(stride)], pad) == (1, 1, 0) and not any(call.get("output_padding") or [0])
 
 
 @rule("bilinear")

@@ -1,5 +1,7 @@
 """Data movement: the operation itself runs on the label tensors, so there is nothing to get wrong."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,11 +9,11 @@ import torch
 from fxmerge.rules.registry import rule
 
 VIEWS = """
-    _reshape_alias _unsafe_view as_strided channel_shuffle chunk diagonal expand expand_as flatten flip fliplr flipud
+    _reshape_alias _unsafe_view channel_shuffle chunk diagonal expand expand_as flatten flip fliplr flipud
     movedim moveaxis narrow narrow_copy native_channel_shuffle permute pixel_shuffle pixel_unshuffle ravel repeat tile
     repeat_interleave reshape reshape_as roll rot90 select slice split split_with_sizes squeeze squeeze_ swapaxes
     swapdims t tensor_split transpose unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as
-    broadcast_to numpy_T adjoint mT hsplit vsplit dsplit atleast_1d atleast_2d atleast_3d view_copy take_along_dim
+    broadcast_to numpy_T adjoint mT hsplit vsplit dsplit atleast_1d atleast_2d atleast_3d view_copy real imag
     """.split()
 
 
@@ -23,8 +25,6 @@ def moved(ctx: Any, call: Any) -> Any:
     if not hasattr(x, "neurons") or any(
         hasattr(v, "neurons") for k, v in call.arguments.items() if k not in (name, "other")
     ):
-        return NotImplemented
-    if call.name == "as_strided":
         return NotImplemented
     function = torch.reshape if call.name in ("view", "_unsafe_view", "_reshape_alias", "view_copy") else None
     if call.name == "view" and not isinstance(call.get("size"), (list, tuple)):
@@ -45,6 +45,24 @@ def moved(ctx: Any, call: Any) -> Any:
     return [ctx.move(x, lambda t, k=k: call.run({name: t})[k], shape) for k, shape in enumerate(call.shapes)]
 
 
+@rule("as_strided")
+def strided(ctx: Any, call: Any) -> Any:
+    """Entries by their addresses, which a label has too where the tensor fills its storage."""
+    x, size, stride = call["self"], call["size"], call["stride"]
+
+    def end(sizes: Any, steps: Any) -> Any:
+        return 1 + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
+
+    dense = call.strides is not None and end(x.shape, call.strides) == math.prod(x.shape)
+    if not dense or call.get("storage_offset") or end(size, stride) > math.prod(x.shape):
+        return NotImplemented
+
+    def run(t: Any) -> Any:
+        return torch.empty_strided(x.shape, call.strides, dtype=t.dtype).copy_(t).as_strided(size, stride)
+
+    return ctx.move(x, run, call.shapes[0])
+
+
 @rule("cat", "concat", "concatenate", "stack", "hstack", "vstack")
 def joined(ctx: Any, call: Any) -> Any:
     """Several tensors side by side."""
@@ -52,6 +70,9 @@ def joined(ctx: Any, call: Any) -> Any:
     if call.name in ("cat", "concat", "concatenate"):
         parts = [p for p in parts if p.shape != (0,)]  # torch skips the legacy empty tensor
         dim = call["dim"] % parts[0].ndim
+        # one number throughout goes with whichever neurons it stands beside
+        beside = next((tuple(t for t in p.neurons if t.shape[dim] == 1) for p in parts if p.neurons), ())
+        parts = [p if p.neurons or p.fixed else replace(p, neurons=beside) for p in parts]
 
         def cat(tensors: Any) -> Any:
             # what no part varies in stays narrow
@@ -69,14 +90,26 @@ def _varies(t: Any, d: Any) -> Any:
 
 @rule("pad", "constant_pad_nd")
 def padded(ctx: Any, call: Any) -> Any:
-    """Constant padding puts no neuron (-1) in the new places; other modes repeat what is there."""
+    """Constant padding puts one number in the new places; other modes repeat what is there."""
     if call.get("mode", "constant") == "constant":
         value = {"value": -1.0 if call.name == "pad" else -1}
-        out = ctx.move(call["self"], lambda t: call.run({"self": t, **value}), call.shapes[0])
+        out = ctx.move(call["self"], lambda t: _pad(t, call["pad"], call.shapes[0]), call.shapes[0])
         there = torch.ones([1] * out.ndim, dtype=torch.int64).expand(call["self"].shape)
         filled = ctx.told(call.run({"self": there, **value}))
         return ctx.align(out, filled, shape=out.shape)
     return _as_numbers(ctx, call, call["self"], "self")
+
+
+def _pad(t: Any, pads: Any, shape: Any) -> Any:
+    """-1 in the new places along axes in which ``t`` varies; along others one number goes with all neurons alike."""
+    alike = [t.shape[d] > 1 and not _varies(t, d) for d in range(t.dim())]
+    padded = torch.constant_pad_nd(t[tuple(slice(0, 1) if a else slice(None) for a in alike)], _but(pads, alike), -1)
+    return padded.expand(shape)
+
+
+def _but(pads: Any, alike: Any) -> Any:
+    """Widths of padding, last axis first, with none along some axes."""
+    return [0 if alike[len(alike) - 1 - k // 2] else width for k, width in enumerate(pads)]
 
 
 @rule(
@@ -95,7 +128,10 @@ def mirrored(ctx: Any, call: Any) -> Any:
 @rule("im2col")
 def patches(ctx: Any, call: Any) -> Any:
     """Sliding windows laid out as columns; zero padding puts no neuron in its places."""
-    return _as_numbers(ctx, call, call["self"], "self")
+    x = call["self"]
+    filled = ctx.told(call.run({"self": torch.ones(x.shape, dtype=torch.float64)}).long())
+    out = _as_numbers(ctx, call, x, "self")
+    return ctx.align(out, filled, shape=out.shape)
 
 
 def _as_numbers(ctx: Any, call: Any, x: Any, name: Any) -> Any:
@@ -107,29 +143,6 @@ def _as_numbers(ctx: Any, call: Any, x: Any, name: Any) -> Any:
         return torch.where(out >= 0, values[out.clamp_min(0)], -1)
 
     return ctx.move(x, run, call.shapes[0])
-
-
-@rule("index", "index_select", "gather", "take")
-def indexed(ctx: Any, call: Any) -> Any:
-    """By constants: movement. By data: entries are chosen as the input says, so nothing may move along those axes."""
-    x = call["self"]
-    index = call.get("indices", call.get("index"))
-    given = list(index) if isinstance(index, (list, tuple)) else [index]
-    if hasattr(x, "neurons") and not any(hasattr(i, "neurons") for i in given):
-        place = [i.cpu() if isinstance(i, torch.Tensor) else i for i in given]
-        new = {"indices": place} if "indices" in call.arguments else {"index": place[0]}
-        return ctx.move(x, lambda t: call.run({"self": t, **new}), call.shapes[0])
-    if call.name == "index_select" and hasattr(x, "neurons"):
-        return ctx.windows(x, [call["dim"]], [call.shapes[0][call["dim"]]])
-    if call.name == "index" and hasattr(x, "neurons") and all(i is not None for i in given):
-        chosen = range(len(given))
-        rows = ctx.reduce(ctx.ordered(x, chosen), chosen)
-        lead = len(call.shapes[0]) - rows.ndim
-        if lead >= 0 and max(i.ndim for i in given) == lead:
-            shape = call.shapes[0]
-            spots = type(x)(shape, fixed=ctx.positions(shape, range(lead)))
-            return ctx.align(rows, spots, shape=shape)
-    return NotImplemented
 
 
 @rule("meshgrid")

@@ -28,6 +28,8 @@ def pointwise(ctx: Any, call: Any) -> Any:
     shape = call.shapes[0]
     if call.name == "type_as":
         values = values[:1]
+    if not values and not shape:  # numbers, learned ones among them
+        return type(ctx.lift(None))((), learned=all(x.learned for x in call.labels()))
     if not values or any(len(v.shape) > len(shape) for v in values):
         return NotImplemented  # another overload of the same name
     return ctx.align(*values, shape=shape)
@@ -82,29 +84,3 @@ def copied(ctx: Any, call: Any) -> Any:
     """dst.copy_(src): the entries of src, broadcast."""
     source = ctx.lift(call["src"])
     return ctx.align(source, shape=call.shapes[0])
-
-
-@rule("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
-def cumulative(ctx: Any, call: Any) -> Any:
-    """The order along the axis matters; the values stay where they are."""
-    label = ctx.ordered(call["self"], [call["dim"]])
-    return [label] * len(call.shapes)
-
-
-@rule("sort", "argsort", "topk", "kthvalue", "mode", "median", "nanmedian")
-def ranked(ctx: Any, call: Any) -> Any:
-    """Entries change places by their values: along the axis nothing may move, elsewhere neurons stay what they are."""
-    dim = call.get("dim", -1)
-    x = call["self"]
-    if dim is None or not x.ndim:
-        return NotImplemented
-    x = ctx.ordered(x, [dim])
-    out = ctx.reduce(x, [dim], keepdim=True)
-    made = []
-    for shape in call.shapes:
-        if len(shape) == x.ndim:
-            places = type(x)(shape, fixed=ctx.positions(shape, [dim % x.ndim]))
-            made.append(ctx.align(out, places, shape=shape))
-        else:
-            made.append(ctx.squeeze(out, [dim % x.ndim]))
-    return made

@@ -1,7 +1,9 @@
 """Symmetric reductions: what is reduced over must permute as one set."""
 
+from dataclasses import replace
 from typing import Any
 
+from fxmerge.rules.choice import named
 from fxmerge.rules.registry import rule
 
 
@@ -40,15 +42,7 @@ def reduced(ctx: Any, call: Any) -> Any:
     dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
     keepdim = bool(call.get("keepdim", False))
     if call.name in ("max", "min") and call.get("dim") is not None:
-        # an index says where a neuron stands: those reduced over may not move, but only if it is used
-        return [ctx.reduce(x, dims, keepdim), lambda: ctx.reduce(ctx.ordered(x, dims), dims, keepdim)]
+        out = ctx.reduce(x, dims, keepdim)
+        return [out, replace(out, order=named(x, dims[0] % x.ndim))]
     out = ctx.reduce(x, dims, keepdim)
     return [out] * len(call.shapes)
-
-
-@rule("argmax", "argmin")
-def where_extreme(ctx: Any, call: Any) -> Any:
-    """Says where, so the places may not move."""
-    x, dim = call["self"], call["dim"]
-    dims = range(x.ndim) if dim is None else [dim]
-    return ctx.reduce(ctx.ordered(x, dims), dims, bool(call["keepdim"]))

@@ -1,7 +1,7 @@
 """The loss barrier between two transformers from different seeds, before and after their neurons are aligned.
 
-    python examples/transformers.py                          # characters of Python's standard library, and the digits
-    python examples/transformers.py --data cifar10_jpeg.npz  # images of CIFAR-10 (as merge_cifar.py reads them)
+    python examples/attention.py                          # characters of Python's standard library, and the digits
+    python examples/attention.py --data cifar10_jpeg.npz  # images of CIFAR-10 (as merge_cifar.py reads them)
 
 As in Git Re-Basin (Ainsworth et al., 2209.04836): the loss at every place of the straight line between the networks.
 A two-layer language model with the layers of GPT-2, and a small vision transformer. Attention heads are matched as
@@ -210,7 +210,7 @@ def main() -> None:
                 line.t, [v - e for v, e in zip(line.loss, ends, strict=True)], marker="o", markersize=4, label=name
             )
         axes.set(title=title, xlabel="t, from one network to the other")
-    save(fig, args.out, "transformers")
+    save(fig, args.out, "attention")
 
 
 if __name__ == "__main__":
