@@ -104,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("--heads", choices=("average", "separate", "concat"), default="average", help="(%(default)s)")
         made.add_argument("--weights", type=float, nargs="+", metavar="SHARE", help="one per network (default: equal)")
         made.add_argument("--strict", action="store_true", help="refuse operations without a rule")
+        made.add_argument("--on-disk", action="store_true", help="leave weights there, for networks beyond memory")
         made.add_argument("--no-verify", action="store_true", help="leave out the checks in float64")
         if name == "merge":
             made.add_argument("--output", "-o", metavar="FOLDER", help="where to write; must not exist")

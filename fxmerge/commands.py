@@ -33,7 +33,7 @@ from fxmerge.units import find_stages
 _PATHS = ("networks", "arch", "data")
 _RECIPE = (
     *_PATHS, "trust_code", "input", "batch_size", "samples", "device", "seed", "matcher", "repair", "depth", "target",
-    "heads", "weights", "strict", "no_verify",
+    "heads", "weights", "strict", "no_verify", "on_disk",
 )  # fmt: skip
 """What a recipe may hold: the options that decide what is merged, under the names that they have here."""
 
@@ -107,7 +107,8 @@ def _recipe(args: argparse.Namespace, folder: Path) -> dict[str, str]:
 
 
 def _networks(args: argparse.Namespace) -> list[nn.Module]:
-    return [sources.network(text, args.arch, args.trust_code) for text in args.networks]
+    stay = getattr(args, "on_disk", False)
+    return [sources.network(text, args.arch, args.trust_code, stay) for text in args.networks]
 
 
 def _data(args: argparse.Namespace, labels: bool = False) -> Iterable[Any] | None:

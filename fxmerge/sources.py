@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fxmerge.errors import InputError, few, told
 from fxmerge.export import load
+from fxmerge.stored import on_disk
 
 _SCHEMES = ("torchvision", "timm", "hf", "images")
 _WRITTEN = re.compile(rf"(?:({'|'.join(_SCHEMES)}):)?([^?@]*)(?:\?([^@]*))?(?:@(.+))?")
@@ -81,8 +82,13 @@ def _literal(text: str) -> Any:
         return text
 
 
-def network(text: str, architecture: str | None, trust: bool) -> nn.Module:
+def network(text: str, architecture: str | None, trust: bool, stay: bool = False) -> nn.Module:
     """A network in eval mode on the CPU, with its weights (random ones where none are named).
+
+    Args:
+        text, architecture: as written on the command line.
+        trust: whether code of the user's may be run.
+        stay: whether the weights stay on disk.
 
     Raises:
         InputError: the text, the architecture or the weights are not there or do not fit each other.
@@ -101,6 +107,10 @@ def network(text: str, architecture: str | None, trust: bool) -> nn.Module:
         raise InputError(f"'{source}' is no architecture; write one of {', '.join(_ARCHITECTURES)} before a colon")
     if source.scheme == "python" and not trust:
         raise InputError(f"'{source}' would run code of yours: allow that by --trust-code")
+    if stay and source.weights is not None:
+        with torch.device("meta"):
+            module = maker(source)
+        return on_disk(module, source.weights).eval()
     module = maker(source)
     if source.weights is not None:
         _fill(module, source)

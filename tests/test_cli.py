@@ -142,6 +142,13 @@ def test_an_interrupted_merge_goes_on_where_it_was(here, capsys):
     assert run(capsys, *merge, "-o", "again", "--resume")[0] == 1, "there is nothing to go on with"
 
 
+def test_weights_may_stay_on_disk(here, capsys):
+    assert run(capsys, "merge", *PAIR, "-o", "read", "-q")[0] == 0
+    assert run(capsys, "merge", *PAIR, "-o", "streamed", "-q", "--on-disk")[0] == 0
+    read, streamed = (fxmerge.load(here / name).state_dict() for name in ("read", "streamed"))
+    assert all(torch.equal(read[key], streamed[key]) for key in read)
+
+
 def test_barrier_of_two_networks(here, capsys):
     code, out, _ = run(capsys, "eval", *PAIR, "--data", "data.safetensors", "--barrier", "--json", "-q")
     barriers = json.loads(out)["barriers"]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import fxmerge
 from fxmerge.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def names(tmp_path, monkeypatch):
         "model": network(), "model_a": network(), "model_b": network(), "model_c": network(),
         "slimmer_b": network(width=5), "deeper_b": network(depth=4), "student": network(),
         "teacher": network(width=12, depth=3),
-        "x": x[:2], "batches": x.split(16), "labelled_batches": [(x, x[:, :3].argmax(1))],
+        "make_model": network, "x": x[:2], "batches": x.split(16), "labelled_batches": [(x, x[:, :3].argmax(1))],
     }  # fmt: skip
 
 
@@ -47,6 +48,11 @@ def names(tmp_path, monkeypatch):
 def test_python_blocks_run_in_order(page, names):
     for text in blocks(page, "python"):
         exec(compile(text, page.name, "exec"), names)
+
+
+def test_every_public_name_has_its_place_in_the_interface():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert [name for name in fxmerge.__all__ if not re.search(rf"\b{name}\b", page)] == []
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "console")], ids=lambda p: p.name)
