@@ -95,7 +95,6 @@ class Context:
         self.contracting: set[str] = set()  # nodes at which a contraction with parameters ran
         self.place = "the graph"  # the node at work, for reasons
         self._places: dict[tuple[int, int], Tensor] = {}
-        self._chained = False  # whether neurons of one value became one
         self.met: list[tuple[Tensor, Tensor, bool]] = []  # what met entry by entry, and whether to be summed over
         self._summed: int | None = None  # the first dimension that is
 
@@ -213,14 +212,13 @@ class Context:
             return t.reshape((1,) * (len(shape) - t.dim()) + tuple(t.shape))
 
         neurons: list[Tensor] = []
-        self._chained = False
         for label in labels:
             for t in map(lift, label.neurons):
                 neurons = self._meet(neurons, t)
         fixed: list[Tensor] = []
-        if self._chained:
-            for t in neurons:
-                fixed = self._tell_apart(fixed, self._turns(t))
+        for t in neurons:
+            fixed = self._tell_apart(fixed, self._turns(t))
+        neurons = [t if len(varying(t)) < 2 else narrow(torch.from_numpy(self._roots(t))) for t in neurons]
         for label in labels:
             for t in map(lift, label.fixed):
                 fixed = self._tell_apart(fixed, t)
@@ -241,15 +239,19 @@ class Context:
     def _turns(self, t: Tensor) -> Tensor:
         """For neurons that a value holds in several places under different names: first, second, .. of each.
 
-        A value that met itself moved (rotary halves) ties the pair, but its two entries are not the same number.
+        A value that met itself moved (rotary halves), or whose parts met elsewhere, has the pair tied, but its two
+        entries are not the same number.
         """
-        raw = np.unique(t.numpy())
-        roots = self.atoms.find(raw)
+        names = np.unique(t.numpy())
+        roots = self.atoms.find(names)
         order = np.argsort(roots, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(roots[order]) != 0])
-        turn = np.empty(len(raw), np.int64)
-        turn[order] = np.arange(len(raw)) - np.repeat(starts, np.diff(np.r_[starts, len(raw)]))
-        return narrow(torch.from_numpy(mix(turn[np.searchsorted(raw, t.numpy())])))
+        fresh = np.diff(roots[order], prepend=-2) != 0
+        if fresh.all():
+            return torch.zeros((1,) * t.dim(), dtype=torch.int64)
+        starts = np.flatnonzero(fresh)
+        turn = np.empty(len(names), np.int64)
+        turn[order] = np.arange(len(names)) - np.repeat(starts, np.diff(np.r_[starts, len(names)]))
+        return narrow(torch.from_numpy(mix(turn[np.searchsorted(names, t.numpy())])))
 
     def _meet(self, known: list[Tensor], new: Tensor) -> list[Tensor]:
         """``known`` with ``new`` related to each of its members, and what another member implies left out."""
@@ -302,13 +304,13 @@ class Context:
             x, y = unique_pairs(x, y)
             one_y, one_x = distinct(x), distinct(y)
         if one_y and one_x:
-            self._chained |= atoms.union(x, y)
+            atoms.union(x, y)
             return "same"
         if one_y or one_x:
             fine, coarse = (x, y) if one_y else (y, x)
             # from each axis at most one neuron per coarse neuron: then they can only move together
             if len(unique_pairs(atoms.origin(fine), coarse)[0]) == len(fine):
-                self._chained |= atoms.union(fine, coarse)
+                atoms.union(fine, coarse)
             else:
                 atoms.under(fine, coarse)
             return "left" if one_y else "right"
@@ -337,13 +339,29 @@ class Context:
 
     def _given(self, t: Tensor, fixed: Tensor, why: str) -> bool:
         """Whether a fixed identity alone determines the neuron; then the neuron cannot move, and is marked so."""
-        x, p = np.broadcast_arrays(self._roots(t), fixed.numpy())
-        standing = x.ravel() >= 0
-        x, p = unique_pairs(x.ravel()[standing], p.ravel()[standing])
+        roots = self._roots(t)
+        everywhere = bool((roots >= 0).all())
+        if over := tuple(d for d in varying(t) if fixed.shape[d] == 1):  # one identity for all of these
+            high = roots.max(over, keepdims=True)
+            low = np.where(roots < 0, high, roots).min(over, keepdims=True)
+            if (low != high).any():
+                return False
+            roots = high
+
+        def pairs(fixed: Tensor) -> tuple[Ints, Ints]:
+            x, p = (a.ravel() for a in np.broadcast_arrays(roots, fixed.numpy()))
+            return unique_pairs(x[x >= 0], p[x >= 0])
+
+        part = fixed
+        for d in varying(fixed):
+            part = part.narrow(d, 0, 1) if t.shape[d] == 1 else part
+        if part.numel() < fixed.numel() and not distinct(pairs(part)[1]):
+            return False
+        x, p = pairs(fixed)
         if not distinct(p):
             return False
         self._mark(x, mix(p), f"{why} ({self.place})")
-        return bool(standing.all())
+        return everywhere
 
     def _mark(self, atoms: Ints, marks: Ints, reason: str) -> None:
         """Tags each atom with the multiset of its marks in this one meeting, unless they are all alike."""
@@ -359,6 +377,10 @@ class Context:
         """A symmetric reduction (sum, mean, max, ..) over ``dims``: what is reduced over must permute as one set."""
         dims = tuple(sorted({d % label.ndim for d in dims}))
         gone = [d for d in dims if label.shape[d] > 1]
+        known = list(label.fixed)
+        for t in label.neurons:
+            known = self._tell_apart(known, self._turns(t))
+        label = replace(label, fixed=tuple(known))
         neurons: list[Tensor] = []
         fixed: list[Tensor] = []
         for k, t in enumerate(label.neurons):

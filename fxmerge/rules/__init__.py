@@ -1,6 +1,6 @@
 """What operations say about neurons: one table, a function each."""
 
-from fxmerge.rules import affine, attention, movement, norm, pointwise, recurrent, reduction, spatial
+from fxmerge.rules import affine, attention, chosen, movement, norm, pointwise, recurrent, reduction, spatial
 from fxmerge.rules.registry import RULES, Rule, rule
 
 MOVEMENT = frozenset(name for name, function in RULES.items() if function.__module__ == movement.__name__)
@@ -12,6 +12,7 @@ __all__ = [
     "Rule",
     "affine",
     "attention",
+    "chosen",
     "movement",
     "norm",
     "pointwise",

@@ -11,7 +11,7 @@ VIEWS = """
     movedim moveaxis narrow narrow_copy native_channel_shuffle permute pixel_shuffle pixel_unshuffle ravel repeat tile
     repeat_interleave reshape reshape_as roll rot90 select slice split split_with_sizes squeeze squeeze_ swapaxes
     swapdims t tensor_split transpose unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as
-    broadcast_to numpy_T adjoint mT hsplit vsplit dsplit atleast_1d atleast_2d atleast_3d view_copy take_along_dim
+    broadcast_to numpy_T adjoint mT mH hsplit vsplit dsplit atleast_1d atleast_2d atleast_3d view_copy
     """.split()
 
 
@@ -20,10 +20,9 @@ def moved(ctx: Any, call: Any) -> Any:
     """One tensor in, its entries elsewhere (or several times, or in pieces) out."""
     name = "self" if "self" in call.arguments else "input"
     x = call.arguments.get(name)
-    if not hasattr(x, "neurons") or any(
-        hasattr(v, "neurons") for k, v in call.arguments.items() if k not in (name, "other")
-    ):
+    if any(hasattr(v, "neurons") for k, v in call.arguments.items() if k not in (name, "other")):
         return NotImplemented
+    x = ctx.lift(x)  # a constant, where only the other's shape depends on data
     if call.name == "as_strided":
         return NotImplemented
     function = torch.reshape if call.name in ("view", "_unsafe_view", "_reshape_alias", "view_copy") else None
@@ -109,27 +108,15 @@ def _as_numbers(ctx: Any, call: Any, x: Any, name: Any) -> Any:
     return ctx.move(x, run, call.shapes[0])
 
 
-@rule("index", "index_select", "gather", "take")
+@rule("index_select", "take")
 def indexed(ctx: Any, call: Any) -> Any:
-    """By constants: movement. By data: entries are chosen as the input says, so nothing may move along those axes."""
-    x = call["self"]
-    index = call.get("indices", call.get("index"))
-    given = list(index) if isinstance(index, (list, tuple)) else [index]
-    if hasattr(x, "neurons") and not any(hasattr(i, "neurons") for i in given):
-        place = [i.cpu() if isinstance(i, torch.Tensor) else i for i in given]
-        new = {"indices": place} if "indices" in call.arguments else {"index": place[0]}
-        return ctx.move(x, lambda t: call.run({"self": t, **new}), call.shapes[0])
-    if call.name == "index_select" and hasattr(x, "neurons"):
-        return ctx.windows(x, [call["dim"]], [call.shapes[0][call["dim"]]])
-    if call.name == "index" and hasattr(x, "neurons") and all(i is not None for i in given):
-        chosen = range(len(given))
-        rows = ctx.reduce(ctx.ordered(x, chosen), chosen)
-        lead = len(call.shapes[0]) - rows.ndim
-        if lead >= 0 and max(i.ndim for i in given) == lead:
-            shape = call.shapes[0]
-            spots = type(x)(shape, fixed=ctx.positions(shape, range(lead)))
-            return ctx.align(rows, spots, shape=shape)
-    return NotImplemented
+    """By constants: movement. By data: entries are chosen as the input says, so nothing may move along that axis."""
+    x, index = ctx.lift(call["self"]), call["index"]
+    if not hasattr(index, "neurons"):
+        return ctx.move(x, lambda t: call.run({"self": t, "index": index.cpu()}), call.shapes[0])
+    if call.name == "take":
+        return NotImplemented
+    return ctx.windows(x, [call["dim"]], [call.shapes[0][call["dim"]]])
 
 
 @rule("meshgrid")

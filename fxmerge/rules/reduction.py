@@ -52,3 +52,10 @@ def where_extreme(ctx: Any, call: Any) -> Any:
     x, dim = call["self"], call["dim"]
     dims = range(x.ndim) if dim is None else [dim]
     return ctx.reduce(ctx.ordered(x, dims), dims, bool(call["keepdim"]))
+
+
+@rule("cosine_similarity", "pairwise_distance")
+def compared(ctx: Any, call: Any) -> Any:
+    """Two vectors compared over one axis, entry by entry."""
+    both = ctx.align(ctx.lift(call["x1"]), ctx.lift(call["x2"]))
+    return ctx.reduce(both, [call.get("dim", -1)], bool(call.get("keepdim", False)))
