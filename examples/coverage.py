@@ -1,161 +1,174 @@
-"""Check fxmerge on the smallest member of every torchvision classification family, and write docs/coverage.md.
+"""Check fxmerge on the networks of the zoos in ``zoos/``, and write docs/coverage.md.
 
-    python examples/coverage.py
-    python examples/coverage.py --models resnet18 vit_b_16 --no-twin      # prints, writes nothing
+    python examples/coverage.py --jobs 2                                   # all of them; goes on where it was stopped
+    python examples/coverage.py --zoo timm --only levit_128s --no-twin     # prints, writes no page
 
-Each network has random weights, and every parameter and buffer that would start out constant (BatchNorm statistics,
-affine parameters, layer scales, zero-initialised heads, biases) is randomised, so that nothing is symmetric by
-accident. Then: infer its classes; apply a random element of the inferred symmetry in float64 and see the output stay;
-merge the network with a randomly permuted twin of itself by weight matching and see the network come back.
+Every network runs in a process of its own, with a time limit. Results are kept as one line of JSON per network and
+are not made again while the file has them. What fails is a row of the table too.
 """
 
 import argparse
-import inspect
+import importlib
+import json
+import multiprocessing
 import os
-import re
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from statistics import median
 
-import torch
-import torchvision
 from common import table
-from torch import Tensor, nn
-from torchvision.models import get_model
+from zoos import check
+from zoos.check import Row
 
-import fxmerge
-from fxmerge.ir import AxisClass
-from fxmerge.matchers import WeightMatching
-
-MODELS = (
-    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
-    "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18",
-    "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn", "vit_b_16",
-    "wide_resnet50_2",
+FOLDER = Path(__file__).parent
+ZOOS = sorted(p.stem for p in (FOLDER / "zoos").glob("*.py") if p.stem not in ("__init__", "check"))
+PAGE = FOLDER.parent / "docs" / "coverage.md"
+HEADER = (
+    "network", "front end", "nodes", "free", "neurons", "verify", "twin", "twin s", "analysis s", "ratio", "pinned",
 )  # fmt: skip
-OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
-IMAGE = {"inception_v3": 299}
-PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
-HEADER = ("model", "nodes", "classes", "free neurons", "all neurons", "infer s", "verify", "twin", "twin s")
+LEGEND = """
+- front end: symbolic tracing, or a recording of one run; nodes: of the graph; free: neurons that may be permuted.
+- verify: relative change of the output in float64 under a random element of the whole inferred symmetry.
+- twin: relative difference in float32 between the network and its merge with a permuted twin; twin s: seconds to
+  permute, infer again, match, rewrite and verify.
+- analysis s: seconds to trace and infer; ratio: to one eager forward of the same network on the same inputs.
+- pinned: how many neurons, and why; of failures, the stage and the first line of the error.
+""".strip()
 
 
-@torch.no_grad()
-def randomise(model: nn.Module, images: Tensor) -> nn.Module:
-    """Give every constant parameter random values, and BatchNorm statistics near those of ``images``."""
-    for parameter in model.parameters():
-        if parameter.numel() < 2 or parameter.min() < parameter.max():
-            continue
-        if parameter.flatten()[0] != 0:
-            parameter.uniform_(0.5, 1.5)
-        else:
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
-            parameter.normal_(0, fan_in**-0.5)
-
-    def settle(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        # In graph order, each from what the layers before it now give: statistics far from that would blow up.
-        variance, mean = torch.var_mean(inputs[0], (0, 2, 3))
-        norm.running_mean.copy_(mean + variance.sqrt() * torch.randn_like(mean) / 4)
-        norm.running_var.copy_(variance * torch.empty_like(mean).uniform_(0.5, 1.5))
-
-    model.eval()
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(settle) for norm in norms]
-    model(images)
-    for hook in hooks:
-        hook.remove()
-    return model
+def work(pipe: Connection, zoo: str, name: str, with_twin: bool) -> None:
+    check.check(zoo, name, with_twin, pipe.send)
 
 
-def relative_error(output: Tensor, expected: Tensor) -> float:
-    """Largest change over the largest distance of the expected output from its mean over the images."""
-    return float((output - expected).abs().max() / (expected - expected.mean()).abs().max())
+def sweep(todo: Sequence[tuple[str, str]], with_twin: bool, limit: float, jobs: int) -> Iterator[Row]:
+    """A row per network, as they come."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["zoos.check", *(f"zoos.{zoo}" for zoo in {zoo for zoo, _ in todo})])
+    waiting = list(reversed(todo))
+    running: dict[Connection, tuple[multiprocessing.process.BaseProcess, float, Row]] = {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            zoo, name = waiting.pop()
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=work, args=(there, zoo, name, with_twin))
+            process.start()
+            there.close()
+            row = {"zoo": zoo, "name": name, "with_twin": with_twin, "stage": "start", "error": ""}
+            running[here] = (process, time.monotonic() + limit, row)
+        ready = wait(list(running), max(min(end for _, end, _ in running.values()) - time.monotonic(), 0))
+        for pipe, (process, end, row) in list(running.items()):
+            if pipe in ready:
+                try:
+                    running[pipe] = (process, end, pipe.recv())
+                    continue
+                except EOFError:
+                    process.join()
+                    if process.exitcode:
+                        row["error"] = f"the process ended with exit code {process.exitcode}"
+            elif time.monotonic() > end:
+                process.kill()
+                process.join()
+                row["error"] = f"not done after {limit:.0f} s"
+            else:
+                continue
+            pipe.close()
+            del running[pipe]
+            yield row
 
 
-def pinned(classes: Iterable[AxisClass]) -> Counter[tuple[str, str]]:
-    """(where, why) -> number of pinned neurons; numbers in the names of parameters and the names of nodes left out."""
-    found: Counter[tuple[str, str]] = Counter()
-    for c in classes:
-        if not c.free and c.sites:
-            where, why = re.sub(r"\[\d+\]$|'+$", "", c.name), re.sub(r" \([^()]*\)$", "", str(c.pinned))
-            found[re.sub(r"\d+(?=\.)", "*", where), why] += c.size
-    return found
+def passed(row: Row) -> bool:
+    return row["stage"] == "done" and not row["error"]
 
 
-def check(name: str, with_twin: bool) -> tuple[tuple[str, ...], Counter[tuple[str, str]], bool]:
-    """One row of the table, the reasons for pinned neurons, and whether every check held."""
-    torch.manual_seed(0)
-    images = torch.randn(2, 3, size := IMAGE.get(name, 224), size)
-    model = randomise(get_model(name, weights=None, **OPTIONS.get(name, {})), images)
+def ratio(row: Row) -> float:
+    return (row["trace_seconds"] + row["infer_seconds"]) / row["forward"]
 
-    start = time.perf_counter()
-    classes = fxmerge.infer_classes(model, images)
-    infer_seconds = time.perf_counter() - start
-    verified = fxmerge.verify(model, classes, seed=1)
 
-    twin_error, twin_cells = 0.0, ("", "")
-    if with_twin:
-        start = time.perf_counter()
-        matcher = WeightMatching(restarts=1)  # an exact answer needs no second start
-        twin = fxmerge.permute(model, classes, seed=1)
-        merged = fxmerge.merge(model, twin, example_inputs=images, matcher=matcher, progress=False).module
-        seconds = time.perf_counter() - start
-        with torch.no_grad():
-            twin_error = relative_error(merged(images), model(images))
-        twin_cells = (f"{twin_error:.0e}", f"{seconds:.1f}")
-    row = (
-        name, str(len(classes.traced.graph_module.graph.nodes)), str(len(classes)), str(classes.free),
-        str(classes.total), f"{infer_seconds:.1f}", f"{verified.error:.0e}", *twin_cells,
+def cells(row: Row) -> tuple[str, ...]:
+    """One line of the table."""
+
+    def shown(key: str, form: str) -> str:
+        return format(row[key], form) if key in row else ""
+
+    analysed = "infer_seconds" in row
+    reasons = [f"{count} {why.removeprefix('the network')}" for why, count in list(row.get("pinned", {}).items())[:3]]
+    said = ", ".join(r.replace("'s ", "") for r in reasons) if passed(row) else f"**{row['stage']}**: {row['error']}"
+    return (
+        row["name"], row.get("front_end", ""), shown("nodes", "d"), shown("free", "d"), shown("total", "d"),
+        shown("verify", ".0e"), shown("twin", ".0e"), shown("twin_seconds", ".1f"),
+        f"{row['trace_seconds'] + row['infer_seconds']:.1f}" if analysed else "",
+        f"{ratio(row):.1f}" if analysed else "", said.replace("|", "\\|"),
     )  # fmt: skip
-    return row, pinned(classes), verified.ok and twin_error <= 1e-4
 
 
-def page(rows: list[tuple[str, ...]], reasons: dict[str, Counter[tuple[str, str]]]) -> str:
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} threads"
-    method = inspect.cleandoc(__doc__ or "").split("\n\n")[2]
-    legend = (
-        "- nodes: of the traced graph; classes: sets of neurons that move together, pinned ones included.\n"
-        "- infer s: seconds to trace and infer.\n"
-        "- verify: relative change of the output in float64 under a random element of the whole inferred symmetry.\n"
-        "- twin: relative difference in float32 between the network and its merge with a permuted twin.\n"
-        "- twin s: seconds to permute, infer again, match from one start, rewrite and verify."
-    )
-    why = [(name, f"{count}", *key) for name, found in reasons.items() for key, count in found.most_common()]
-    parts = (
-        "# Coverage: every torchvision classification family",
-        f"Written by `python examples/coverage.py` with {versions}.",
-        method,
-        table(HEADER, rows, markdown=True),
-        legend,
-        "## What is pinned, and why",
-        table(("model", "neurons", "axis", "reason"), why, align="lrll", markdown=True),
-    )
+def summary(zoo: str, rows: Sequence[Row]) -> tuple[str, ...]:
+    ratios = [ratio(row) for row in rows if "infer_seconds" in row]
+    good = [row for row in rows if passed(row)]
+    free = sum(row["free"] for row in good) / max(sum(row["total"] for row in good), 1)
+    middle = f"{median(ratios):.1f}" if ratios else ""
+    return zoo, f"{len(good)} of {len(rows)}", f"{100 * len(good) / len(rows):.1f}%", f"{100 * free:.1f}%", middle
+
+
+def versions() -> str:
+    found = []
+    for package in ("torch", "torchvision", "timm", "transformers"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def page(rows: Sequence[Row]) -> str:
+    zoos = {zoo: [row for row in rows if row["zoo"] == zoo] for zoo in dict.fromkeys(row["zoo"] for row in rows)}
+    summaries = [summary(zoo, members) for zoo, members in zoos.items()]
+    parts = [
+        "# Coverage: networks of the model zoos",
+        f"Written by `python examples/coverage.py` with {versions()}, one thread per network.",
+        (check.__doc__ or "").partition("\n\n")[2].strip(),
+        table(("zoo", "passed", "", "free neurons", "median ratio"), summaries, markdown=True),
+        LEGEND,
+    ]
+    for zoo, members in zoos.items():
+        parts += [f"## {zoo}", table(HEADER, [cells(row) for row in members], align="llrrrrrrrrl", markdown=True)]
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help=f"default: {' '.join(MODELS)}")
+    parser.add_argument("--zoo", nargs="+", choices=ZOOS, default=ZOOS, help="default: all")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="networks by name")
     parser.add_argument("--no-twin", action="store_true", help="leave out the merge with the permuted twin")
-    parser.add_argument("--out", type=Path, help=f"default: {PAGE.name} in docs when every model is checked")
+    parser.add_argument("--limit", type=float, default=300, help="seconds per network (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="networks at a time (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=Path("out/coverage.jsonl"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help=f"default: {PAGE.name} in docs when every network is checked")
     args = parser.parse_args()
 
-    rows, reasons, failed = [], {}, []
-    for name in args.models or MODELS:
-        row, reasons[name], right = check(name, not args.no_twin)
-        rows.append(row)
-        if not right:
-            failed.append(name)
-        cells = "  ".join(f"{title} {cell}" for title, cell in zip(HEADER[1:], row[1:], strict=True))
-        print(f"{name:<20}{cells}{'' if right else '  FAILED'}", flush=True)
+    names = [(zoo, name) for zoo in args.zoo for name in importlib.import_module(f"zoos.{zoo}").networks()]
+    names = [(zoo, name) for zoo, name in names if args.only is None or name in args.only]
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    known = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
+    rows = {(row["zoo"], row["name"]): row for row in map(json.loads, known) if row["with_twin"] is not args.no_twin}
+    with args.results.open("a", encoding="utf-8") as file:
+        for row in sweep([key for key in names if key not in rows], not args.no_twin, args.limit, args.jobs):
+            rows[row["zoo"], row["name"]] = row
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            told = "  ".join(f"{title} {cell}" for title, cell in zip(HEADER, cells(row), strict=True) if cell)
+            print(f"{row['zoo']}  {told}", flush=True)
 
-    out = args.out or (None if args.models or args.no_twin else PAGE)
+    chosen = [rows[key] for key in names]
+    out = args.out or (None if args.only or args.no_twin or args.zoo != ZOOS else PAGE)
     if out is not None:
         unfinished = out.with_name(out.name + ".part")
-        unfinished.write_text(page(rows, reasons), encoding="utf-8")
+        unfinished.write_text(page(chosen), encoding="utf-8")
         os.replace(unfinished, out)
         print(f"wrote {out}")
-    if failed:
+    if failed := [row["name"] for row in chosen if not passed(row)]:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 

@@ -100,26 +100,25 @@ class Atoms:
     def origin(self, ids: Ints) -> Ints:
         return self._origin[ids]
 
-    def union(self, x: Ints, y: Ints) -> bool:
-        """Atoms x[i] and y[i] are one neuron. Whether more than pairs were united, as by x meeting itself moved."""
+    def union(self, x: Ints, y: Ints) -> None:
+        """Atoms x[i] and y[i] are one neuron."""
         x, y = self.find(x), self.find(y)
         differ = x != y
         low, high = np.minimum(x, y)[differ], np.maximum(x, y)[differ]
         if not low.size:
-            return False
+            return
         if distinct(high) and (low.max() < high.min() or not np.isin(low, high).any()):
-            roots, chained = low, False
+            roots = low
         else:  # chains within one call: close them first
             ids, flat = np.unique(np.concatenate([low, high]), return_inverse=True)
             a, b = flat[: len(low)], flat[len(low) :]
             _, part = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(ids),) * 2), directed=False)
             first = np.full(part.max() + 1, np.iinfo(np.int64).max)
             np.minimum.at(first, part, ids)
-            high, roots, chained = ids, first[part], True
+            high, roots = ids, first[part]
         lost = self._block[roots] < 0
         self._block[roots[lost]] = self._block[high[lost]]
         self._root[high] = roots
-        return chained
 
     def under(self, child: Ints, block: Ints) -> None:
         """Atom child[i] lives inside block[i]."""

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxmerge.atoms import Atoms
 from fxmerge.ir import OUTPUT, Site, Traced
-from fxmerge.labels import Context, Label, combine, varying
+from fxmerge.label import Label, combine, varying
+from fxmerge.labels import Context
 from fxmerge.rules import FOLLOWED, MOVEMENT, RULES
 from fxmerge.running import bind, evaluating
 
@@ -102,7 +103,8 @@ class Interpretation(Context):
             for name, p in root.named_parameters(remove_duplicate=False):
                 self._register(name, p, self._names)
             for name, b in root.named_buffers(remove_duplicate=False):
-                self._register(name, b, self._state)
+                trained = name.rpartition(".")[2] in _TRAINED and b.is_floating_point()
+                self._register(name, b, self._names if trained else self._state)
 
     def _register(self, name: str, t: Tensor, table: dict[tuple[Any, ...], str]) -> None:
         if not t.numel():
@@ -313,8 +315,11 @@ def _same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
     return len(x) == len(y) and all(a is b for a, b in zip(x, y, strict=True))
 
 
-_WEIGHTS = frozenset(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))
-_HEAVY = frozenset(f"aten::{name}" for name in (*_WEIGHTS, "linear", "matmul"))
+_CONVOLUTIONS = frozenset(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))
+_WEIGHTS = _CONVOLUTIONS | {"torchvision::deform_conv2d"}
+_HEAVY = frozenset(f"aten::{name}" for name in (*_CONVOLUTIONS, "linear", "matmul"))
+_TRAINED = frozenset("running_mean running_var weight bias weight_u weight_v _u _v".split())
+"""Names under which layers keep trained state in buffers: frozen and running statistics, singular vectors."""
 
 
 class _Watch(SchemaCheckMode):

@@ -18,7 +18,7 @@ both: multiply in the joint index space, then sum.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,72 +29,7 @@ from torch import Tensor
 
 from fxmerge.atoms import Atoms, Ints, distinct, mix, mix_int, unique_pairs
 from fxmerge.ir import Site
-
-
-@dataclass(frozen=True, eq=False)
-class Order:
-    """What a value that speaks of neurons says: v is the name of ``atoms[v]``; v[i] is where those of atom i end."""
-
-    what: str  # "names", "ends", or "places": of neurons that cannot be told
-    atoms: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Label:
-    """The label of one value; see the module's text.
-
-    ``learned``: made of parameters and constants alone. ``order``: the values follow the order of some neurons, which
-    pins these where a rule without an answer to that uses them.
-    """
-
-    shape: tuple[int, ...]
-    neurons: tuple[Tensor, ...] = ()
-    fixed: tuple[Tensor, ...] = ()
-    kind: int = 0
-    learned: bool = False
-    why: str = "position"
-    order: Order | None = None
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-
-def varying(t: Tensor) -> tuple[int, ...]:
-    return tuple(d for d, size in enumerate(t.shape) if size > 1)
-
-
-def narrow(t: Tensor) -> Tensor:
-    """The same label with size 1 along every dimension in which it does not vary."""
-    if not t.numel():  # nothing was found, no box was kept
-        return t
-    for d in range(t.dim()):
-        if t.shape[d] > 1 and t.stride(d) == 0:
-            t = t.narrow(d, 0, 1)
-    axes = varying(t)
-    if len(axes) > 1:
-        for d in axes:
-            if bool((t == t.narrow(d, 0, 1)).all()):
-                t = t.narrow(d, 0, 1)
-    elif axes and bool((t == t.flatten()[0]).all()):
-        t = t.narrow(axes[0], 0, 1)
-    return t
-
-
-def combine(parts: Iterable[int]) -> int:
-    """One hash of several, in order."""
-    total = 0
-    for part in parts:
-        total = mix_int(mix_int(total) ^ part)
-    return total
-
-
-def _overlap(x: Tensor, y: Tensor) -> bool:
-    return any(a > 1 and b > 1 for a, b in zip(x.shape, y.shape, strict=True))
-
-
-def _hash(t: Tensor) -> Tensor:
-    return torch.from_numpy(mix(t.numpy()))
+from fxmerge.label import Label, Order, combine, hashed, narrow, overlap, varying
 
 
 class Context:
@@ -108,7 +43,6 @@ class Context:
         self.contracting: set[str] = set()  # nodes at which a contraction with parameters ran
         self.place = "the graph"  # the node at work, for reasons
         self._places: dict[tuple[int, int], Tensor] = {}
-        self._chained = False  # whether neurons of one value became one
         self.met: list[tuple[Tensor, Tensor, bool]] = []  # what met entry by entry, and whether to be summed over
         self._summed: int | None = None  # the first dimension that is
         self.sorted: list[tuple[Tensor, Tensor, str]] = []  # rows, the atoms in whose order they stand, and where
@@ -147,7 +81,7 @@ class Context:
     def told(self, marks: Tensor) -> Label:
         """Entries of different marks are told apart."""
         t = narrow(marks)
-        return Label(tuple(marks.shape), fixed=(_hash(t),) if varying(t) else (), learned=True)
+        return Label(tuple(marks.shape), fixed=(hashed(t),) if varying(t) else (), learned=True)
 
     def unknown(self, shape: Sequence[int]) -> Label:
         """A value of which nothing is known: every entry stands where it stands."""
@@ -269,20 +203,19 @@ class Context:
             return t.reshape((1,) * (len(shape) - t.dim()) + tuple(t.shape))
 
         neurons: list[Tensor] = []
-        self._chained = False
         for label in labels:
             for t in map(lift, label.neurons):
                 neurons = self._meet(neurons, t)
         fixed: list[Tensor] = []
-        if self._chained:
-            for t in neurons:
-                fixed = self._tell_apart(fixed, self._turns(t))
+        for t in neurons:
+            fixed = self._tell_apart(fixed, self._turns(t))
+        neurons = [t if len(varying(t)) < 2 else narrow(torch.from_numpy(self._roots(t))) for t in neurons]
         for label in labels:
             for t in map(lift, label.fixed):
                 fixed = self._tell_apart(fixed, t)
         why = next((x.why for x in labels if x.fixed and x.why != "position"), "position")
         neurons = [
-            t for t in neurons if not any(_overlap(t, p) and self._given(t, p, self._reason(labels, t)) for p in fixed)
+            t for t in neurons if not any(overlap(t, p) and self._given(t, p, self._reason(labels, t)) for p in fixed)
         ]
         return Label(shape, tuple(neurons), tuple(fixed), combine(x.kind for x in labels), learned, why)
 
@@ -297,15 +230,19 @@ class Context:
     def _turns(self, t: Tensor) -> Tensor:
         """For neurons that a value holds in several places under different names: first, second, .. of each.
 
-        A value that met itself moved (rotary halves) ties the pair, but its two entries are not the same number.
+        A value that met itself moved (rotary halves), or whose parts met elsewhere, has the pair tied, but its two
+        entries are not the same number.
         """
-        raw = np.unique(t.numpy())
-        roots = self.atoms.find(raw)
+        names = np.unique(t.numpy())
+        roots = self.atoms.find(names)
         order = np.argsort(roots, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(roots[order]) != 0])
-        turn = np.empty(len(raw), np.int64)
-        turn[order] = np.arange(len(raw)) - np.repeat(starts, np.diff(np.r_[starts, len(raw)]))
-        return narrow(torch.from_numpy(mix(turn[np.searchsorted(raw, t.numpy())])))
+        fresh = np.diff(roots[order], prepend=-2) != 0
+        if fresh.all():
+            return torch.zeros((1,) * t.dim(), dtype=torch.int64)
+        starts = np.flatnonzero(fresh)
+        turn = np.empty(len(names), np.int64)
+        turn[order] = np.arange(len(names)) - np.repeat(starts, np.diff(np.r_[starts, len(names)]))
+        return narrow(torch.from_numpy(mix(turn[np.searchsorted(names, t.numpy())])))
 
     def _meet(self, known: list[Tensor], new: Tensor) -> list[Tensor]:
         """``known`` with ``new`` related to each of its members, and what another member implies left out."""
@@ -313,7 +250,7 @@ class Context:
             return known  # one neuron all over, said before
         kept = []
         for t in known:
-            if not _overlap(t, new):
+            if not overlap(t, new):
                 kept.append(t)
                 continue
             finer = self._relate(t, new)
@@ -358,13 +295,13 @@ class Context:
             x, y = unique_pairs(x, y)
             one_y, one_x = distinct(x), distinct(y)
         if one_y and one_x:
-            self._chained |= atoms.union(x, y)
+            atoms.union(x, y)
             return "same"
         if one_y or one_x:
             fine, coarse = (x, y) if one_y else (y, x)
             # from each axis at most one neuron per coarse neuron: then they can only move together
             if len(unique_pairs(atoms.origin(fine), coarse)[0]) == len(fine):
-                self._chained |= atoms.union(fine, coarse)
+                atoms.union(fine, coarse)
             else:
                 atoms.under(fine, coarse)
             return "left" if one_y else "right"
@@ -385,21 +322,37 @@ class Context:
         """Adds a fixed identity; those that share a dimension are combined into their pair."""
         kept = []
         for t in known:
-            if not _overlap(t, new):
+            if not overlap(t, new):
                 kept.append(t)
             elif t is not new and not torch.equal(t, new):
-                new = narrow(_hash(_hash(t) * 3 + new))
+                new = narrow(hashed(hashed(t) * 3 + new))
         return [*kept, new] if varying(new) else kept
 
     def _given(self, t: Tensor, fixed: Tensor, why: str) -> bool:
         """Whether a fixed identity alone determines the neuron; then the neuron cannot move, and is marked so."""
-        x, p = np.broadcast_arrays(self._roots(t), fixed.numpy())
-        standing = x.ravel() >= 0
-        x, p = unique_pairs(x.ravel()[standing], p.ravel()[standing])
+        roots = self._roots(t)
+        everywhere = bool((roots >= 0).all())
+        if over := tuple(d for d in varying(t) if fixed.shape[d] == 1):  # one identity for all of these
+            high = roots.max(over, keepdims=True)
+            low = np.where(roots < 0, high, roots).min(over, keepdims=True)
+            if (low != high).any():
+                return False
+            roots = high
+
+        def pairs(fixed: Tensor) -> tuple[Ints, Ints]:
+            x, p = (a.ravel() for a in np.broadcast_arrays(roots, fixed.numpy()))
+            return unique_pairs(x[x >= 0], p[x >= 0])
+
+        part = fixed
+        for d in varying(fixed):
+            part = part.narrow(d, 0, 1) if t.shape[d] == 1 else part
+        if part.numel() < fixed.numel() and not distinct(pairs(part)[1]):
+            return False
+        x, p = pairs(fixed)
         if not distinct(p):
             return False
         self._mark(x, mix(p), f"{why} ({self.place})")
-        return bool(standing.all())
+        return everywhere
 
     def _mark(self, atoms: Ints, marks: Ints, reason: str) -> None:
         """Tags each atom with the multiset of its marks in this one meeting, unless they are all alike."""
@@ -415,6 +368,10 @@ class Context:
         """A symmetric reduction (sum, mean, max, ..) over ``dims``: what is reduced over must permute as one set."""
         dims = tuple(sorted({d % label.ndim for d in dims}))
         gone = [d for d in dims if label.shape[d] > 1]
+        known = list(label.fixed)
+        for t in label.neurons:
+            known = self._tell_apart(known, self._turns(t))
+        label = replace(label, fixed=tuple(known))
         neurons: list[Tensor] = []
         fixed: list[Tensor] = []
         for k, t in enumerate(label.neurons):
@@ -422,10 +379,10 @@ class Context:
                 neurons.append(t)
                 continue
             for other in label.neurons[:k]:
-                if _overlap(t, other):
+                if overlap(t, other):
                     self._relate(t, other)
             for p in label.fixed:
-                if _overlap(t, p):
+                if overlap(t, p):
                     self._tell_by(t, p, gone, label.why)
             block, stuck = self._fold_neurons(t, gone)
             if stuck:
@@ -454,19 +411,19 @@ class Context:
         ordered = [d for d in ordered if p.shape[d] > 1]
         if not gone and not ordered:
             return p
-        p = _hash(p)
+        p = hashed(p)
         if gone:
-            p = _hash(p.sum(gone, keepdim=True))
+            p = hashed(p.sum(gone, keepdim=True))
         for d in ordered:
             index = torch.arange(p.shape[d]).reshape([-1 if k == d else 1 for k in range(p.dim())])
-            p = _hash((_hash(p) * _hash(index)).sum(d, keepdim=True))
+            p = hashed((hashed(p) * hashed(index)).sum(d, keepdim=True))
         return narrow(p)
 
     def _tell_by(self, t: Tensor, p: Tensor, gone: Sequence[int], why: str) -> None:
         """Before ``t`` is reduced away: neurons met at other fixed places are not alike."""
         others = [d for d in varying(p) if t.shape[d] == 1]
         p = self._fold(p, [d for d in others if d in gone], [d for d in others if d not in gone])
-        if _overlap(t, p):
+        if overlap(t, p):
             x, marks = np.broadcast_arrays(self._roots(t), p.numpy())
             standing = x.ravel() >= 0
             x, marks = unique_pairs(x.ravel()[standing], marks.ravel()[standing])

@@ -36,6 +36,7 @@ from fxmerge.size import sizes
 from fxmerge.stats import listen
 from fxmerge.stored import Stored, stays_on_disk
 from fxmerge.symmetry import full_state, load_state
+from fxmerge.trace import non_finite
 from fxmerge.widths import require_runs, separate
 
 
@@ -229,7 +230,7 @@ def merge(
                         value.copy_(same)
             finite = {n: v.isfinite().all() for n, v in here.items() if v.is_floating_point()}
             for name, good in zip(finite, torch.stack(list(finite.values())).tolist() if finite else (), strict=True):
-                if not good:
+                if not good and non_finite(here[name]):
                     raise InputError(f"'{name}' holds NaN or inf after the repair: check the data for such values")
             after = _variances(module, plan) if said != "none" else before
         variance = {n: (before[n], after[n]) for n in before}

@@ -142,7 +142,7 @@ def _require_usable(module: nn.Module) -> None:
             f"{few(meta)} of {name} are on the meta device; load the weights, or let fxmerge.on_disk read them"
         )
     for key in _suspects(tensors):
-        if bad := _non_finite(tensors[key]):
+        if bad := non_finite(tensors[key]):
             raise InputError(f"{key!r} of {name} holds {bad} NaN or infinite values of {tensors[key].numel()}")
 
 
@@ -172,7 +172,8 @@ def _suspects(tensors: Mapping[str, Tensor]) -> list[str]:
     return [key for key, total in sums.items() if not total.isfinite()]
 
 
-def _non_finite(tensor: Tensor) -> int:
+def non_finite(tensor: Tensor) -> int:
+    """How many entries are NaN or infinite; none where a buffer is an attention mask of zeros and -inf."""
     tensor, trained = tensor.detach(), isinstance(tensor, nn.Parameter)
     if not trained and ((tensor == 0) | (tensor == -torch.inf)).all():  # an attention mask, meant so
         return 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.alignment import ALIGNMENT, load_alignment, write_alignment
+from fxmerge.collect import collect
 from fxmerge.coupling import fuse
 from fxmerge.errors import StructureError
 from fxmerge.interfaces import Problem
@@ -20,7 +21,7 @@ from fxmerge.ir import Alignment, AxisClasses, Coupling
 from fxmerge.layout import resized
 from fxmerge.matchers import ActivationMatching, CCAMerge, OTFusion, PLeaS, WeightMatching, ZipIt
 from fxmerge.rewrite import rewrite
-from fxmerge.stats import choose_taps, collect
+from fxmerge.stats import choose_taps
 from fxmerge.symmetry import full_state, relative_error
 
 INPUTS, TOKENS = 6, 5

@@ -1,6 +1,7 @@
 """Contractions with parameters: the contracted axis is the weight's input axis, the output its output axis."""
 
 import string
+from dataclasses import replace
 from typing import Any
 
 from fxmerge.rules.registry import rule
@@ -120,6 +121,21 @@ def _single(call: Any, d: Any, kernel: Any) -> Any:
     return (kernel, stride[d % len(stride)], pad) == (1, 1, 0) and not any(call.get("output_padding") or [0])
 
 
+@rule("torchvision::deform_conv2d")
+def deformable_convolution(ctx: Any, call: Any) -> Any:
+    """A convolution that reads displaced places, by offsets and masks per block of channels."""
+    x, blocks = ctx.lift(call["input"]), call["offset_groups"]
+    split = (x.shape[0], blocks, x.shape[1] // blocks, *x.shape[2:])
+    parts = [ctx.move(x, lambda t: t.reshape(split), split)]
+    for name in ("offset", "mask")[: 1 + bool(call["use_mask"])]:
+        t = ctx.lift(call[name])
+        shape = (t.shape[0], blocks, t.shape[1] // blocks, *t.shape[2:])
+        t = ctx.ordered(ctx.move(t, lambda t, shape=shape: t.reshape(shape), shape), range(2, 5))
+        parts.append(ctx.reduce(t, range(2, 5), keepdim=True))
+    x = ctx.move(ctx.align(*parts, shape=split), lambda t: t.reshape(x.shape), x.shape)
+    return _convolve(ctx, replace(call, arguments={**call.arguments, "input": x}), transposed=False)
+
+
 @rule("bilinear")
 def bilinear(ctx: Any, call: Any) -> Any:
     """y[.., o] = x1[.., i] W[o, i, j] x2[.., j] + b[o]."""
@@ -145,3 +161,22 @@ def embedding(ctx: Any, call: Any) -> Any:
     columns = ctx.move(columns, lambda t: t.reshape(lay), lay)
     spots = type(weight)(shape, fixed=ctx.positions(shape, range(len(shape) - 1)))
     return ctx.align(columns, spots, shape=shape)
+
+
+@rule("embedding_bag", "_embedding_bag")
+def embedding_bag(ctx: Any, call: Any) -> Any:
+    """Rows chosen by the input and summed; what else comes out counts rows."""
+    shape, *counts = call.shapes
+    out = embedding(ctx, replace(call, arguments={**call.arguments, "indices": ctx.unknown(())}, shapes=(shape,)))
+    if call["per_sample_weights"] is not None:
+        ctx.ordered(ctx.lift(call["per_sample_weights"]), [0])
+    return [out, *(ctx.unknown(other) for other in counts)]
+
+
+@rule("cdist")
+def distances(ctx: Any, call: Any) -> Any:
+    """Between all rows of two matrices."""
+    x, y = ctx.lift(call["x1"]), ctx.lift(call["x2"])
+    lead = _lead(max(x.ndim, y.ndim) - 2)
+    operands = [(t, [*lead[len(lead) - t.ndim + 2 :], row, "k"]) for t, row in ((x, "m"), (y, "n"))]
+    return ctx.contract(operands, [*lead, "m", "n"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fxmerge.labels import Order, varying
+from fxmerge.label import Order, varying
 from fxmerge.rules.registry import rule
 
 
@@ -187,10 +187,13 @@ def added(ctx: Any, call: Any) -> Any:
     return ctx.align(x, put, shape=x.shape)
 
 
-@rule("index_put")
+@rule("index_put", "_index_put_impl")
 def put(ctx: Any, call: Any) -> Any:
     """x[i, j, ..] = values, where the data say; x[i] = 0, 1, 2, .. makes the names of the rows that i has."""
     x, values, shape = ctx.lift(call["self"]), call["values"], call.shapes[0]
+    if not call["accumulate"] and not any(hasattr(i, "neurons") for i in call["indices"]):
+        place = [None if i is None else i.cpu() for i in call["indices"]]
+        return ctx.join([x, ctx.lift(values)], lambda t: t[0].clone().index_put_(place, t[1]), shape)
     given: list[Any] = [None if i is None else ctx.lift(i) for i in call["indices"]]
     count = shape[0] if shape else 0
     if (
@@ -215,12 +218,30 @@ def put(ctx: Any, call: Any) -> Any:
     return ctx.align(x, values, *which, shape=shape)
 
 
-@rule("nonzero", "masked_select")
+@rule("nonzero", "argwhere", "masked_select", "_unique2", "unique_dim", "torchvision::nms")
 def found(ctx: Any, call: Any) -> Any:
     """Where values stand, or those that a mask leaves, in order: nothing may move."""
     for x in call.labels():
         ctx.pin(x, f"chosen by value at {ctx.place}")
-    return [type(call["self"])(shape, fixed=ctx.positions(shape)) for shape in call.shapes]
+    return [ctx.unknown(shape) for shape in call.shapes]
+
+
+@rule("where")
+def where(ctx: Any, call: Any) -> Any:
+    """The choice between two values is pointwise; of a condition alone, the places where it holds."""
+    if "self" not in call.arguments and "other" not in call.arguments:
+        return found(ctx, call)
+    values = [ctx.lift(x) for x in call.tensors() if len(x.shape)]
+    return ctx.align(*values, shape=call.shapes[0])
+
+
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def regions(ctx: Any, call: Any) -> Any:
+    """Boxes [n, 5] cut out of images: new images at new places, with the channels that were there."""
+    boxes = ctx.lift(call["rois"])
+    ctx.ordered(boxes, range(boxes.ndim))
+    x = ctx.lift(call["input"])
+    return [ctx.windows(x, [0, *range(2, x.ndim)], (shape[0], *shape[2:])) for shape in call.shapes]
 
 
 @rule("_grouped_mm")

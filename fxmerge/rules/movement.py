@@ -13,7 +13,7 @@ VIEWS = """
     movedim moveaxis narrow narrow_copy native_channel_shuffle permute pixel_shuffle pixel_unshuffle ravel repeat tile
     repeat_interleave reshape reshape_as roll rot90 select slice split split_with_sizes squeeze squeeze_ swapaxes
     swapdims t tensor_split transpose unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze view view_as
-    broadcast_to numpy_T adjoint mT hsplit vsplit dsplit atleast_1d atleast_2d atleast_3d view_copy real imag
+    broadcast_to numpy_T adjoint mT mH hsplit vsplit dsplit atleast_1d atleast_2d atleast_3d view_copy real imag
     """.split()
 
 
@@ -22,10 +22,9 @@ def moved(ctx: Any, call: Any) -> Any:
     """One tensor in, its entries elsewhere (or several times, or in pieces) out."""
     name = "self" if "self" in call.arguments else "input"
     x = call.arguments.get(name)
-    if not hasattr(x, "neurons") or any(
-        hasattr(v, "neurons") for k, v in call.arguments.items() if k not in (name, "other")
-    ):
+    if any(hasattr(v, "neurons") for k, v in call.arguments.items() if k not in (name, "other")):
         return NotImplemented
+    x = ctx.lift(x)  # a constant, where only the other's shape depends on data
     function = torch.reshape if call.name in ("view", "_unsafe_view", "_reshape_alias", "view_copy") else None
     if call.name == "view" and not isinstance(call.get("size"), (list, tuple)):
         return x  # the overload that reinterprets the dtype

@@ -14,7 +14,7 @@ UNARY_AND_UP = """
     logical_and logical_not logical_or logical_xor logit lt masked_fill maximum minimum mish mul multiply
     nan_to_num ne neg negative nextafter not_equal positive pow prelu reciprocal relu relu6 remainder round
     rrelu rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit
-    special_erf sqrt square sub subtract tan tanh threshold to _to_copy true_divide trunc type_as where xlogy
+    special_erf sqrt square sub subtract tan tanh threshold to _to_copy true_divide trunc type_as xlogy
     float half double bfloat16 _autocast_to_full_precision
     """.split()
 

@@ -46,6 +46,36 @@ def recurrent(ctx: Any, call: Any) -> Any:
     return made
 
 
+@rule(*(f"{name}_cell" for name in GATES))
+def recurrent_cell(ctx: Any, call: Any) -> Any:
+    """One step of one layer, from the state that it is given."""
+    gates, x = GATES[call.name.removesuffix("_cell")], ctx.lift(call["input"])
+    start = call["hx"]
+    start = [ctx.lift(s) for s in (start if isinstance(start, (list, tuple)) else [start])]
+    parts = [(x, call["w_ih"], call["b_ih"]), (start[0], call["w_hh"], call["b_hh"])]
+    lead = [f"lead{k}" for k in range(x.ndim - 1)]
+    made = []
+    for value, weight, bias in parts:
+        names = [(value, [*lead, "i"]), (_by_gate(ctx, ctx.lift(weight), gates), ["gate", "unit", "i"])]
+        made.append(ctx.contract(names, [*lead, "gate", "unit"]))
+        if bias is not None:
+            made.append(_by_gate(ctx, ctx.lift(bias), gates))
+    out = _one_gate(ctx, ctx.align(*made, shape=made[0].shape))
+    if call.name in ("lstm_cell", "gru_cell"):  # part of the state is passed on
+        out = ctx.align(out, start[-1], shape=out.shape)
+    return [out] * len(call.shapes)
+
+
+def _by_gate(ctx: Any, w: Any, gates: Any) -> Any:
+    shape = (gates, w.shape[0] // gates, *w.shape[1:])
+    return ctx.move(w, lambda t: t.reshape(shape), shape)
+
+
+def _one_gate(ctx: Any, total: Any) -> Any:
+    axis = total.ndim - 2
+    return ctx.reduce(ctx.ordered(total, [axis]), [axis])
+
+
 @rule("_pack_padded_sequence")
 def packed(ctx: Any, call: Any) -> Any:
     """Steps of all sequences below each other: of the two leading axes, the first is the new one."""
@@ -69,26 +99,20 @@ def _layer(ctx: Any, x: Any, weights: Any, gates: Any, biased: Any, start: Any, 
     biases = rest[:2] if biased else []
     project = rest[-1] if len(rest) > len(biases) else None
     lead = [f"lead{k}" for k in range(x.ndim - 1)]
-    units = w_ih.shape[0] // gates
 
     def split(w: Any) -> Any:
-        shape = (gates, units, *w.shape[1:])
-        return ctx.move(w, lambda t: t.reshape(shape), shape)
-
-    def cell_of(total: Any) -> Any:
-        axis = total.ndim - 2
-        return ctx.reduce(ctx.ordered(total, [axis]), [axis])
+        return _by_gate(ctx, w, gates)
 
     total = ctx.contract([(x, [*lead, "i"]), (split(w_ih), ["gate", "unit", "i"])], [*lead, "gate", "unit"])
     total = ctx.align(total, *map(split, biases), shape=total.shape)
-    cell = cell_of(total)
+    cell = _one_gate(ctx, total)
     if len(start) > 1:
         cell = _meet(ctx, cell, start[1], time)
     out = cell if project is None else ctx.contract([(cell, [*lead, "u"]), (project, ["p", "u"])], [*lead, "p"])
     out = _meet(ctx, out, start[0], time)
     back = ctx.contract([(out, [*lead, "h"]), (split(w_hh), ["gate", "unit", "h"])], [*lead, "gate", "unit"])
     total = ctx.align(total, back, shape=total.shape)
-    cell = ctx.align(cell, cell_of(total), shape=cell.shape)
+    cell = ctx.align(cell, _one_gate(ctx, total), shape=cell.shape)
     return out, cell
 
 

@@ -46,3 +46,10 @@ def reduced(ctx: Any, call: Any) -> Any:
         return [out, replace(out, order=named(x, dims[0] % x.ndim))]
     out = ctx.reduce(x, dims, keepdim)
     return [out] * len(call.shapes)
+
+
+@rule("cosine_similarity", "pairwise_distance")
+def compared(ctx: Any, call: Any) -> Any:
+    """Two vectors compared over one axis, entry by entry."""
+    both = ctx.align(ctx.lift(call["x1"]), ctx.lift(call["x2"]))
+    return ctx.reduce(both, [call.get("dim", -1)], bool(call.get("keepdim", False)))

@@ -1,0 +1,77 @@
+"""What a value's label is: which neurons stand at its entries, and where these stand. ``labels`` has the verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxmerge.atoms import mix, mix_int
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """What a value that speaks of neurons says: v is the name of ``atoms[v]``; v[i] is where those of atom i end."""
+
+    what: str  # "names", "ends", or "places": of neurons that cannot be told
+    atoms: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Label:
+    """The label of one value; see ``labels``.
+
+    ``learned``: made of parameters and constants alone. ``order``: the values follow the order of some neurons, which
+    pins these where a rule without an answer to that uses them.
+    """
+
+    shape: tuple[int, ...]
+    neurons: tuple[Tensor, ...] = ()
+    fixed: tuple[Tensor, ...] = ()
+    kind: int = 0
+    learned: bool = False
+    why: str = "position"
+    order: Order | None = None
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def varying(t: Tensor) -> tuple[int, ...]:
+    return tuple(d for d, size in enumerate(t.shape) if size > 1)
+
+
+def narrow(t: Tensor) -> Tensor:
+    """The same label with size 1 along every dimension in which it does not vary."""
+    if not t.numel():  # nothing was found, no box was kept
+        return t
+    for d in range(t.dim()):
+        if t.shape[d] > 1 and t.stride(d) == 0:
+            t = t.narrow(d, 0, 1)
+    axes = varying(t)
+    if len(axes) > 1:
+        for d in axes:
+            if bool((t == t.narrow(d, 0, 1)).all()):
+                t = t.narrow(d, 0, 1)
+    elif axes and bool((t == t.flatten()[0]).all()):
+        t = t.narrow(axes[0], 0, 1)
+    return t
+
+
+def combine(parts: Iterable[int]) -> int:
+    """One hash of several, in order."""
+    total = 0
+    for part in parts:
+        total = mix_int(mix_int(total) ^ part)
+    return total
+
+
+def overlap(x: Tensor, y: Tensor) -> bool:
+    return any(a > 1 and b > 1 for a, b in zip(x.shape, y.shape, strict=True))
+
+
+def hashed(t: Tensor) -> Tensor:
+    return torch.from_numpy(mix(t.numpy()))
