@@ -332,7 +332,7 @@ def test_constants_that_are_plain_attributes(tmp_path) -> None:
         *(torch.device("cuda", 1), torch.device("meta"), torch.channels_last, torch.preserve_format, torch.strided),
         *(math.inf, -math.inf, torch.sparse_coo, F.gelu, torch.relu),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", repr(value)),
 )
 def test_values(value) -> None:
     back = documents.decode(json.loads(json.dumps(documents.encode(value), allow_nan=False)))
