@@ -13,7 +13,7 @@ from fxmerge.clock import Clock
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractDepthAligner, AbstractMatcher
 from fxmerge.moments import Statistics
-from fxmerge.plan import Depth, InputFn, Target, prepare
+from fxmerge.plan import Depth, InputFn, Request, Target, prepare
 
 
 def collect_statistics(
@@ -49,26 +49,17 @@ def collect_statistics(
         >>> rest = fxmerge.Statistics.load("second.safetensors")  # of batches[50:], first_batch=50
         >>> fxmerge.merge(model_a, model_b, example_inputs=x, statistics=half + rest)
     """
-    prepared = prepare(
-        models,
-        example_inputs,
-        data,
-        matcher,
-        None,
-        input_fn,
-        verify,
-        strict,
-        device,
-        seed,
-        progress,
-        Clock(),
-        None,
-        "average",
-        depth,
-        target,
-        path,
-        first_batch,
-    )
+    asked: dict[str, Any] = {"data": data, "example_inputs": example_inputs, "matcher": matcher, "input_fn": input_fn}
+    how: dict[str, Any] = {
+        "depth": depth,
+        "target": target,
+        "verify": verify,
+        "strict": strict,
+        "device": device,
+        "seed": seed,
+    }
+    request = Request(models=models, statistics=path, first_batch=first_batch, progress=progress, **asked, **how)
+    prepared = prepare(request, Clock())
     if prepared.problem.statistics is None:
         raise InputError(f"{prepared.matcher} does not look at activations: there is nothing to collect for it")
     return prepared.problem.statistics

@@ -23,7 +23,7 @@ from fxmerge.interfaces import AbstractDepthAligner, AbstractMatcher, AbstractRe
 from fxmerge.ir import Alignment
 from fxmerge.matchers import ActivationMatching, CCAMerge, OTFusion, WeightMatching, ZipIt
 from fxmerge.moments import Statistics
-from fxmerge.plan import Depth, Heads, InputFn, Plan, Target, Weights, make_plan
+from fxmerge.plan import Depth, Heads, InputFn, Plan, Request, Target, Weights, make_plan
 from fxmerge.provenance import provenance
 from fxmerge.ranks import from_first, ordinal, summed_numbers
 from fxmerge.recipe import OPTIONS
@@ -163,34 +163,15 @@ def merge(
         >>> result = fxmerge.merge(model_a, model_b, example_inputs=x, data=loader)
         >>> result.module(x)
     """
+    asked: dict[str, Any] = dict(locals())
     if matcher == "auto":
-        options = dict(locals())
-        del options["models"], options["matcher"]
-        if options.pop("statistics") is not None:
+        del asked["models"], asked["matcher"]
+        if asked.pop("statistics") is not None:
             raise InputError("matcher='auto' collects statistics for each matcher it tries: leave statistics= out")
-        return _best(models, **options)
-    given = {key: value for key, value in locals().items() if key in OPTIONS}
+        return _best(models, **asked)
     clock = Clock()
     with clock.shown(progress):
-        plan = make_plan(
-            models,
-            example_inputs,
-            data,
-            matcher,
-            weights,
-            input_fn,
-            verify,
-            strict,
-            device,
-            seed,
-            progress,
-            clock,
-            repair,
-            heads,
-            depth,
-            target,
-            statistics,
-        )
+        plan = make_plan(Request(**asked), clock)
         with preserved(*models), clock("fuse"):
             idle = plan.problem.idle
             made = fuse(plan.classes, plan.fused, plan.alignment, plan.problem.states, plan.weights, idle)
@@ -256,6 +237,7 @@ def merge(
             (*traced.notes, *plan.notes, *plan.alignment.notes),
         )
         with preserved(*models):
+            given = {key: value for key, value in asked.items() if key in OPTIONS}
             options = {**given, "matcher": plan.matcher, "repair": chosen}
             recipe = provenance(models, options, input_fn, plan.data, report)
     return MergeResult(module, plan.alignment, report, recipe)
@@ -281,24 +263,9 @@ def align(
     """
     if stays_on_disk(model) or stays_on_disk(to):
         raise InputError("align returns a network in memory: load both networks, or merge them")
-    clock = Clock()
-    plan = make_plan(
-        (to, model),
-        example_inputs,
-        data,
-        matcher,
-        (0.0, 1.0),
-        input_fn,
-        verify,
-        False,
-        device,
-        seed,
-        progress,
-        clock,
-        None,
-        "average",
-        None,
-    )
+    asked: dict[str, Any] = {"example_inputs": example_inputs, "data": data, "matcher": matcher, "input_fn": input_fn}
+    how: dict[str, Any] = {"verify": verify, "device": device, "seed": seed, "progress": progress, "depth": None}
+    plan = make_plan(Request(models=(to, model), weights=(0.0, 1.0), **asked, **how), Clock())
     moved = copy.deepcopy(model)
     if any(c.merge.shape[0] != c.widths[1] for c in plan.alignment.couplings):
         raise StructureError("align moves neurons and keeps their number; the networks differ in width: use merge")

@@ -78,47 +78,63 @@ class Plan(Prepared):
     alignment: Alignment
 
 
-def make_plan(
-    models: Sequence[nn.Module],
-    example_inputs: Any,
-    data: Iterable[Any] | None,
-    matcher: AbstractMatcher | None,
-    weights: Weights | None,
-    input_fn: InputFn | None,
-    verify: bool,
-    strict: bool,
-    device: torch.device | str,
-    seed: int,
-    progress: bool,
-    clock: Clock,
-    repair: AbstractRepair | Literal["auto"] | None,
-    heads: Heads,
-    depth: Depth | AbstractDepthAligner | None = "grow",
-    target: Target = None,
-    statistics: Statistics | str | Path | None = None,
-) -> Plan:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Request:
+    """The arguments of ``merge``, under their names. What is wrong with them alone is said at once.
+
+    ``first_batch``: how many batches other processes see before these.
+    """
+
+    models: Sequence[nn.Module]
+    example_inputs: Any = None
+    data: Iterable[Any] | None = None
+    matcher: AbstractMatcher | None = None
+    weights: Weights | None = None
+    heads: Heads = "average"
+    depth: Depth | AbstractDepthAligner | None = "grow"
+    target: Target = None
+    repair: AbstractRepair | Literal["auto"] | None = None
+    input_fn: InputFn | None = None
+    statistics: Statistics | str | Path | None = None
+    verify: bool = True
+    strict: bool = False
+    device: torch.device | str = "auto"
+    seed: int = 0
+    progress: bool = True
+    first_batch: int = 0
+
+    def __post_init__(self) -> None:
+        matcher, depth, target, repair = self.matcher, self.depth, self.target, self.repair
+        shares_of(self.models, None)
+        one_of("", heads=(self.heads, get_args(Heads)))
+        if isinstance(depth, str) or not (depth is None or isinstance(depth, AbstractDepthAligner)):
+            one_of("", depth=(depth, get_args(Depth)))
+        if not (target is None or isinstance(target, nn.Module)):
+            one_of("", target=(target, ("deeper", "shallower")))
+        if self.aligner.needs_data and self.data is None:
+            raise InputError(f"{self.aligner} compares activations: pass data=loader, or use CLAFusion(cost='weights')")
+        if not (matcher is None or isinstance(matcher, AbstractMatcher)):
+            raise InputError(f"matcher={matcher!r}: give an object, such as WeightMatching() or ActivationMatching()")
+        if not (repair is None or repair == "auto" or isinstance(repair, AbstractRepair)):
+            raise InputError(
+                f"repair={repair!r}: give 'auto', None or an object, such as ResetBatchNorm() or Rescale()"
+            )
+        if matcher is not None and not matcher.needs_data and self.statistics is not None:
+            said = "does not look at activations: leave statistics= out, or use ActivationMatching()"
+            raise InputError(f"{matcher} {said}")
+        if isinstance(repair, AbstractRepair) and self.data is None:
+            raise InputError(f"{repair} needs data: pass data=loader, or repair=None")
+
+    @property
+    def aligner(self) -> AbstractDepthAligner:
+        return self.depth if isinstance(self.depth, AbstractDepthAligner) else CLAFusion()
+
+
+def make_plan(request: Request, clock: Clock) -> Plan:
     """Everything up to and including the alignment; every complaint about the input comes from here, first."""
-    prepared = prepare(
-        models,
-        example_inputs,
-        data,
-        matcher,
-        weights,
-        input_fn,
-        verify,
-        strict,
-        device,
-        seed,
-        progress,
-        clock,
-        repair,
-        heads,
-        depth,
-        target,
-        statistics,
-    )
+    prepared = prepare(request, clock)
     problem, classes = prepared.problem, prepared.classes
-    with preserved(*models), clock("match"), torch.no_grad():
+    with preserved(*request.models), clock("match"), torch.no_grad():
         alignment = prepared.matcher.match(problem)
     kept = {k: side_by_side([c[k].size for c in classes]) for k in problem.apart}
     alignment = replace(alignment, couplings=tuple(kept.get(k, c) for k, c in enumerate(alignment.couplings)))
@@ -127,68 +143,35 @@ def make_plan(
     return Plan(**vars(prepared), fused=fused, alignment=alignment)
 
 
-def prepare(
-    models: Sequence[nn.Module],
-    example_inputs: Any,
-    data: Iterable[Any] | None,
-    matcher: AbstractMatcher | None,
-    weights: Weights | None,
-    input_fn: InputFn | None,
-    verify: bool,
-    strict: bool,
-    device: torch.device | str,
-    seed: int,
-    progress: bool,
-    clock: Clock,
-    repair: AbstractRepair | Literal["auto"] | None,
-    heads: Heads,
-    depth: Depth | AbstractDepthAligner | None,
-    target: Target,
-    statistics: Statistics | str | Path | None,
-    first_batch: int = 0,
-) -> Prepared:
+def prepare(request: Request, clock: Clock) -> Prepared:
     """Everything up to the statistics."""
-    known = _known(statistics, data)
-    path = Path(statistics) if isinstance(statistics, (str, Path)) else None
+    models, data, matcher, aligner = request.models, request.data, request.matcher, request.aligner
+    heads, depth, target, seed, progress = request.heads, request.depth, request.target, request.seed, request.progress
+    known = _known(request.statistics, data)
+    path = Path(request.statistics) if isinstance(request.statistics, (str, Path)) else None
     informed = data is not None or known is not None
-    named = dict(weights) if isinstance(weights, Mapping) else {"": weights}
-    shares = {prefix: shares_of(models, w) for prefix, w in {"": None, **named}.items()}
-    one_of("", heads=(heads, get_args(Heads)))
-    if isinstance(depth, str) or not (depth is None or isinstance(depth, AbstractDepthAligner)):
-        one_of("", depth=(depth, get_args(Depth)))
-    if not (target is None or isinstance(target, nn.Module)):
-        one_of("", target=(target, ("deeper", "shallower")))
-    aligner = depth if isinstance(depth, AbstractDepthAligner) else CLAFusion()
-    if aligner.needs_data and data is None:
-        raise InputError(f"{aligner} compares activations: pass data=loader, or use CLAFusion(cost='weights')")
-    if not (matcher is None or isinstance(matcher, AbstractMatcher)):
-        raise InputError(f"matcher={matcher!r}: give an object, such as WeightMatching() or ActivationMatching()")
-    if not (repair is None or repair == "auto" or isinstance(repair, AbstractRepair)):
-        raise InputError(f"repair={repair!r}: give 'auto', None or an object, such as ResetBatchNorm() or Rescale()")
     if matcher is not None and matcher.needs_data and not informed:
         raise InputError(
             f"{matcher} looks at activations: pass data=loader (unlabelled batches), or use WeightMatching()"
         )
-    if matcher is not None and not matcher.needs_data and statistics is not None:
-        raise InputError(f"{matcher} does not look at activations: leave statistics= out, or use ActivationMatching()")
-    if isinstance(repair, AbstractRepair) and data is None:
-        raise InputError(f"{repair} needs data: pass data=loader, or repair=None")
+    named = dict(request.weights) if isinstance(request.weights, Mapping) else {"": request.weights}
+    shares = {prefix: shares_of(models, w) for prefix, w in {"": None, **named}.items()}
     home = device_of(models[0])
     streamed = any(map(stays_on_disk, models))
     if streamed:
-        _require_streamable(data, heads, target, device)
-    work = home if streamed else _device(device, home)
+        _require_streamable(data, heads, target, request.device)
+    work = home if streamed else _device(request.device, home)
     with preserved(*models):
         parents = [m if device_of(m) == work else copy.deepcopy(m).to(work) for m in models]
         with clock("trace"):
-            traced = [trace(parents[0], example_inputs)]
+            traced = [trace(parents[0], request.example_inputs)]
             given = traced[0].kwargs or traced[0].args
             traced += [trace(m, dict(given) if isinstance(given, Mapping) else given) for m in parents[1:]]
-        feed = feeder(traced[0], input_fn, work)
+        feed = feeder(traced[0], request.input_fn, work)
         batches = None if data is None else reusable(data)
         seen = None if batches is None else fingerprint(batches, try_batch(batches, feed, traced))
         with clock("classes"):
-            classes = [infer_classes(t, strict=strict) for t in traced]
+            classes = [infer_classes(t, strict=request.strict) for t in traced]
         notes = tuple(
             f"no rule for operation '{op}' at node '{node}': what it touches is pinned"
             for node, op in classes[0].unknown
@@ -230,7 +213,7 @@ def prepare(
         by_class = tuple(shares[max((p for p in shares if c.name.startswith(p)), key=len)] for c in classes[0])
         by_class = tuple(_shared(w, k, grown, aligner.keep) for k, w in enumerate(by_class))
         verifications: list[Verification] = []
-        if verify:
+        if request.verify:
             with clock("verify"):
                 classes, verifications = verified(classes, seed)
         if matcher.needs_data:
@@ -241,9 +224,13 @@ def prepare(
                     known.origin.require(origin_of(classes, taps))
                     known = known.to(work)
                 elif batches is not None:
-                    known = collect(
-                        classes, batches, feed, taps, seed=seed, progress=progress, path=path, first=first_batch
-                    )
+                    options: dict[str, Any] = {
+                        "seed": seed,
+                        "progress": progress,
+                        "path": path,
+                        "first": request.first_batch,
+                    }
+                    known = collect(classes, batches, feed, taps, **options)
         traced = [c.traced for c in classes]
         held = [full_state(t.graph_module) | full_state(t.source) for t in traced]
         states = tuple(map(read_when_asked, held))

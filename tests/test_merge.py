@@ -466,4 +466,4 @@ def test_any_network_is_saved_and_loaded(name, tmp_path):
 def test_merge_and_align_take_the_same_arguments():
     ours, theirs = (set(inspect.signature(f).parameters) for f in (fxmerge.merge, fxmerge.align))
     assert theirs - ours == {"model", "to"}
-    assert ours - theirs == {"models", "weights", "heads", "depth", "target", "repair", "strict"}
+    assert ours - theirs == {"models", "weights", "heads", "depth", "target", "repair", "strict", "statistics"}
