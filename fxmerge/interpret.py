@@ -221,7 +221,8 @@ class Interpretation(Context):
         touched += [x for edge in self.atoms.edges for x in edge] + [who for who, _, _ in self.atoms.tags]
         if touched:
             unread[root[np.concatenate(touched)]] = False
-        self.atoms.pin(np.flatnonzero(unread), "not read on the example inputs")
+        if unread.any():
+            self.atoms.pin(np.flatnonzero(unread), "not read on the example inputs")
 
     def see(self, node: fx.Node, value: Any) -> None:
         """Notes in which dimension of a node's output which neurons show."""

@@ -35,11 +35,13 @@ def names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     x = torch.randn(64, 6)
+    for name in "ab":
+        save_file(network().state_dict(), tmp_path / f"{name}.safetensors")
     return {
         "model": network(), "model_a": network(), "model_b": network(), "model_c": network(),
         "slimmer_b": network(width=5), "deeper_b": network(depth=4), "student": network(),
         "teacher": network(width=12, depth=3),
-        "make_model": network, "x": x[:2], "batches": x.split(16), "labelled_batches": [(x, x[:, :3].argmax(1))],
+        "Net": network, "x": x[:2], "batches": x.split(16), "labelled_batches": [(x, x[:, :3].argmax(1))],
     }  # fmt: skip
 
 
