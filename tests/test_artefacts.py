@@ -25,7 +25,7 @@ from fxmerge.recipe import read_options
 from fxmerge.repair import Rescale
 
 DATA = [torch.randn(16, 6, generator=torch.Generator().manual_seed(k)) for k in range(3)]
-FILES = {"README.md", "graph.json", "manifest.json", "model.safetensors", "module.py", "recipe.json"}
+FILES = {"README.md", "graph.json", "manifest.json", "model.safetensors", "module.py", "recipe.json", "report.html"}
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -188,7 +188,7 @@ def test_the_hub_reads_the_folder(tmp_path) -> None:
 def test_every_flipped_bit_and_every_lost_byte_is_found(options, tmp_path) -> None:
     folder = merged().save(tmp_path / "out", **options)
     names = sorted(json.loads((folder / MANIFEST).read_text())["files"])
-    assert set(names) == {p.name for p in folder.iterdir()} - {"README.md", "module.py", MANIFEST}
+    assert set(names) == {p.name for p in folder.iterdir()} - {"README.md", "module.py", "report.html", MANIFEST}
     for name in names:
         content = (folder / name).read_bytes()
         for k in (0, len(content) // 2, len(content) - 1):

@@ -10,6 +10,7 @@ import fxmerge
 from fxmerge.ensemble import disagreement
 from fxmerge.errors import InputError, VerifyError
 from fxmerge.interfaces import AbstractMatcher
+from fxmerge.ir import Coupling
 from fxmerge.matchers import ActivationMatching, Average
 
 
@@ -120,7 +121,8 @@ class Losing(AbstractMatcher):
         first = found.couplings[0]
         merge = first.merge.clone()
         merge[::2] = 0
-        return replace(found, couplings=(replace(first, merge=merge), *found.couplings[1:]))
+        couplings = (Coupling(merge, first.unmerge, first.widths), *found.couplings[1:])
+        return replace(found, couplings=couplings)
 
 
 def test_a_map_that_loses_mass_is_an_error():

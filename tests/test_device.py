@@ -27,6 +27,7 @@ HOST = {
     "matchers": "couplings go to the CPU",
     "regression": "whether a fit is better",
     "collect": "once, when all is summed",
+    "fingerprint": "digests of the parents, once",
     "pipeline": "checks and diagnostics, once",
     "depth": "insertion is checked",
     "repair.batchnorm": "torch reads the number of batches for a cumulative mean",

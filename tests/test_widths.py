@@ -416,7 +416,7 @@ def test_blocks_refuse_other_widths_even_where_any_width_goes():
         middle = nn.Conv2d(width, width, 1, groups=2)
         return made(nn.Sequential(nn.Conv2d(3, width, 3), nn.Tanh(), middle, nn.Tanh(), nn.Conv2d(width, 2, 1)))
 
-    with pytest.raises(fxmerge.StructureError, match="blocks"):
+    with pytest.raises(fxmerge.StructureError, match="Attention heads and groups"):
         merged(make(4), make(8), x=IMAGE, matcher=OTFusion("weights"))
 
 

@@ -133,7 +133,8 @@ def deformable_convolution(ctx: Any, call: Any) -> Any:
         t = ctx.ordered(ctx.move(t, lambda t, shape=shape: t.reshape(shape), shape), range(2, 5))
         parts.append(ctx.reduce(t, range(2, 5), keepdim=True))
     x = ctx.move(ctx.align(*parts, shape=split), lambda t: t.reshape(x.shape), x.shape)
-    return _convolve(ctx, replace(call, arguments={**call.arguments, "input": x}), transposed=False)
+    steps = {name: [call[f"{part}_h"], call[f"{part}_w"]] for name, part in (("stride", "stride"), ("padding", "pad"))}
+    return _convolve(ctx, replace(call, arguments={**call.arguments, **steps, "input": x}), transposed=False)
 
 
 @rule("bilinear")
