@@ -495,7 +495,7 @@ def test_three_networks_of_different_depth_have_equal_influence():
         torch.testing.assert_close(result.module(x), sum(m(x) for m in nets) / 3, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(3, 9), st.sampled_from([0, 1]))
 def test_any_depths_and_widths(counts, width, which):
     x = (VECTORS if which else IMAGES).double()

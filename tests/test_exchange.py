@@ -111,7 +111,7 @@ def test_onnx_runs_the_same(kind, tmp_path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["a.onnx"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["layers", "transformer"])
 def test_pt2_runs_the_same(kind, tmp_path) -> None:
     result, inputs = merged(kind)
     path = result.export_pt2(tmp_path / "a.pt2")

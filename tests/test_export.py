@@ -107,7 +107,7 @@ def vit() -> nn.Module:
     return models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=5)
 
 
-ZOO = [models.resnet18, models.mobilenet_v3_small, models.densenet121, models.swin_t, vit]
+ZOO = [models.resnet18, models.mobilenet_v3_small, models.swin_t, vit]
 
 
 @pytest.mark.parametrize(("make", "mode"), [*((make, False) for make in ZOO), (models.resnet18, True), (vit, True)])

@@ -34,7 +34,7 @@ def infer(program: Program) -> fxmerge.AxisClasses:
     return classes
 
 
-@settings(RANDOM, max_examples=200)
+@settings(RANDOM, max_examples=100)
 @given(networks())
 def test_inferred_symmetries_keep_the_function(program: Program) -> None:
     classes = infer(program)
