@@ -64,6 +64,7 @@ class Atoms:
         self._root = np.zeros(1024, np.int64)
         self._origin = np.zeros(1024, np.int64)
         self._block = np.zeros(1024, np.int64)
+        self._note = np.zeros(1024, np.int64)
         self.edges: list[tuple[Ints, Ints]] = []
         self.tags: list[tuple[Ints, Ints, str | None]] = []
         self._marks = 0
@@ -73,7 +74,7 @@ class Atoms:
         start, self.size = self.size, self.size + count
         if self.size > len(self._root):
             capacity = 2 * self.size
-            for name in ("_root", "_origin", "_block"):
+            for name in ("_root", "_origin", "_block", "_note"):
                 old = getattr(self, name)
                 new = np.zeros(capacity, np.int64)
                 new[:start] = old[:start]
@@ -83,6 +84,14 @@ class Atoms:
         self._origin[start : self.size] = origin
         self._block[start : self.size] = -1
         return ids
+
+    def note(self, atoms: Ints, what: Ints | int) -> None:
+        """Something about these atoms by themselves, and not about the neurons that they are."""
+        np.add.at(self._note, atoms, mix(what))
+
+    def notes(self, atoms: Ints) -> Ints:
+        """A hash of all that was noted of each."""
+        return self._note[atoms]
 
     def find(self, ids: Ints) -> Ints:
         """The representative of each atom, which is the earliest atom united with it; -1 (no neuron) stays -1."""

@@ -28,6 +28,7 @@ from fxmerge.label import Label, combine, varying
 from fxmerge.labels import Context
 from fxmerge.rules import FOLLOWED, MOVEMENT, RULES
 from fxmerge.running import bind, evaluating
+from fxmerge.slots import tell_apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,6 +210,7 @@ class Interpretation(Context):
                 self.place = "output"
                 self.pin(self.settle(made), OUTPUT)
         self.settle_rows()
+        tell_apart(self.atoms, self.met, self.turned)
         self._labels.clear()
         self._pin_unread()
 

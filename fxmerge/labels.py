@@ -30,6 +30,7 @@ from torch import Tensor
 from fxmerge.atoms import Atoms, Ints, distinct, mix, mix_int, unique_pairs
 from fxmerge.ir import Site
 from fxmerge.label import Label, Order, combine, hashed, narrow, overlap, varying
+from fxmerge.slots import turns
 
 
 class Context:
@@ -44,6 +45,7 @@ class Context:
         self.place = "the graph"  # the node at work, for reasons
         self._places: dict[tuple[int, int], Tensor] = {}
         self.met: list[tuple[Tensor, Tensor, bool]] = []  # what met entry by entry, and whether to be summed over
+        self.turned: list[tuple[Ints, Ints]] = []  # names of neurons that have several, and which of these they are
         self._summed: int | None = None  # the first dimension that is
         self.sorted: list[tuple[Tensor, Tensor, str]] = []  # rows, the atoms in whose order they stand, and where
 
@@ -206,9 +208,7 @@ class Context:
         for label in labels:
             for t in map(lift, label.neurons):
                 neurons = self._meet(neurons, t)
-        fixed: list[Tensor] = []
-        for t in neurons:
-            fixed = self._tell_apart(fixed, self._turns(t))
+        fixed = self._turns([], [*neurons, *(lift(t) for label in labels for t in label.neurons)])
         neurons = [t if len(varying(t)) < 2 else narrow(torch.from_numpy(self._roots(t))) for t in neurons]
         for label in labels:
             for t in map(lift, label.fixed):
@@ -227,26 +227,18 @@ class Context:
             (x.why for x in labels if any(from_end & {p.dim() - d for d in varying(p)} for p in x.fixed)), "position"
         )
 
-    def _turns(self, t: Tensor) -> Tensor:
-        """For neurons that a value holds in several places under different names: first, second, .. of each.
-
-        A value that met itself moved (rotary halves), or whose parts met elsewhere, has the pair tied, but its two
-        entries are not the same number.
-        """
-        names = np.unique(t.numpy())
-        roots = self.atoms.find(names)
-        order = np.argsort(roots, kind="stable")
-        fresh = np.diff(roots[order], prepend=-2) != 0
-        if fresh.all():
-            return torch.zeros((1,) * t.dim(), dtype=torch.int64)
-        starts = np.flatnonzero(fresh)
-        turn = np.empty(len(names), np.int64)
-        turn[order] = np.arange(len(names)) - np.repeat(starts, np.diff(np.r_[starts, len(names)]))
-        return narrow(torch.from_numpy(mix(turn[np.searchsorted(names, t.numpy())])))
+    def _turns(self, known: list[Tensor], ts: Iterable[Tensor]) -> list[Tensor]:
+        """Adds which turn it is where a value holds neurons under several names."""
+        for t in ts:
+            if found := turns(self.atoms, t):
+                marks, *told = found
+                self.turned.append((told[0], told[1]))
+                known = self._tell_apart(known, marks)
+        return known
 
     def _meet(self, known: list[Tensor], new: Tensor) -> list[Tensor]:
         """``known`` with ``new`` related to each of its members, and what another member implies left out."""
-        if new.numel() == 1 and any(t.numel() == 1 and bool((t == new).all()) for t in known):
+        if new.numel() == 1 and any(t.numel() == 1 and t.item() == new.item() for t in known):
             return known  # one neuron all over, said before
         kept = []
         for t in known:
@@ -285,7 +277,12 @@ class Context:
         if not standing.all():
             x, y = x[standing], y[standing]
         finer = self.relate(x, y)
-        return small if finer == "same" else finer
+        if finer != "same":
+            return finer
+        for side, t in enumerate((left, right)):
+            names = np.unique(t.numpy())
+            self.atoms.note(names[names >= 0], 2 * len(self.met) + side)
+        return small
 
     def relate(self, x: Ints, y: Ints) -> str:
         """Atoms x[i] and y[i] meet. Which determines the other: "same" (each), "left", "right" or "both" (neither)."""
@@ -368,10 +365,7 @@ class Context:
         """A symmetric reduction (sum, mean, max, ..) over ``dims``: what is reduced over must permute as one set."""
         dims = tuple(sorted({d % label.ndim for d in dims}))
         gone = [d for d in dims if label.shape[d] > 1]
-        known = list(label.fixed)
-        for t in label.neurons:
-            known = self._tell_apart(known, self._turns(t))
-        label = replace(label, fixed=tuple(known))
+        label = replace(label, fixed=tuple(self._turns(list(label.fixed), label.neurons)))
         neurons: list[Tensor] = []
         fixed: list[Tensor] = []
         for k, t in enumerate(label.neurons):

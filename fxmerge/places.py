@@ -20,13 +20,14 @@ def find_sites(
     index = raw - np.asarray(found.starts)[origin[raw]] if len(found.starts) else raw
     cls, pos = number[root[raw]], place[root[raw]]
     # places of the same nature in all neurons stand in one column; columns by their first place
+    # and then in the order of slots
     _, shade = np.unique(slot_colour[raw], return_inverse=True)
     _, nature = np.unique(
         (cls * len(found.sites) + origin[raw]) * (shade.max(initial=0) + 1) + shade, return_inverse=True
     )
     first = np.full(nature.max(initial=-1) + 1, len(root))
     np.minimum.at(first, nature, index)
-    order = np.lexsort((index, first[nature], pos, origin[raw], cls))
+    order = np.lexsort((index, found.atoms.notes(raw), first[nature], pos, origin[raw], cls))
     sites: list[dict[Site, torch.Tensor]] = [{} for _ in range(count)]
     key = (cls * len(found.sites) + origin[raw])[order]
     for part in np.split(order, np.flatnonzero(np.diff(key)) + 1):

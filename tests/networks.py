@@ -149,6 +149,53 @@ class Maxout(nn.Module):
         return self.head(self.stem(x).view(-1, 6, 2).max(-1).values)
 
 
+@network(f(4), POINT)  # a half gates the other, so channels go by pairs; whatever joins them knows first and second
+class HalvesJoinedByLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix, self.head = nn.Linear(5, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        value, gate = x.chunk(2, 1)
+        return self.head(x + self.mix(value * gate.sigmoid()))
+
+
+@network(f(3), POINT)  # three pairs, of which the second has its first channel behind
+class PairsInAnyOrder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.pairs, self.head = nn.Linear(5, 6), nn.Linear(3, 3), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        return self.head(x) + self.pairs(x[:, [0, 3, 4]] * x[:, [2, 1, 5]].sigmoid())
+
+
+@network(f(2) * 2 * 3**2, POINT, exact=False)  # two alone, and two rings of three that turn and swap
+class Rings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        return self.head(x * x[:, [0, 2, 3, 1, 4, 7, 5, 6]].sigmoid())
+
+
+@network(f(4), POINT)  # the hidden layer; the three numbers are each a layer's own
+class NumbersOutOfVector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.empty(3)), nn.Linear(4, 2)
+        self.one, self.two, self.three = (nn.Linear(5, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale.softmax(0)
+        chosen = torch.where(x[:, :1] > 0, self.two(x), scale[2])
+        return self.head(torch.tanh(scale[0] * self.one(x) + scale[1] * chosen + self.three(x)))
+
+
 @network(f(4) * f(6), POINT)  # stream; gate and value of a unit move together and do not exchange
 class GluByChunk(nn.Module):
     def __init__(self) -> None:

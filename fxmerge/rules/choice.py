@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fxmerge.label import Order, varying
+from fxmerge.rules.pointwise import meeting
 from fxmerge.rules.registry import rule
 
 
@@ -231,8 +232,7 @@ def where(ctx: Any, call: Any) -> Any:
     """The choice between two values is pointwise; of a condition alone, the places where it holds."""
     if "self" not in call.arguments and "other" not in call.arguments:
         return found(ctx, call)
-    values = [ctx.lift(x) for x in call.tensors() if len(x.shape)]
-    return ctx.align(*values, shape=call.shapes[0])
+    return ctx.align(*meeting(ctx, call), shape=call.shapes[0])
 
 
 @rule("torchvision::roi_align", "torchvision::roi_pool")

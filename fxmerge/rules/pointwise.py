@@ -19,12 +19,18 @@ UNARY_AND_UP = """
     """.split()
 
 
+def meeting(ctx: Any, call: Any) -> Any:
+    """All tensors of a call, without plain numbers. Numbers taken out of a learned vector are neurons of it."""
+    values = [ctx.lift(x) for x in call.tensors()]
+    return [x for x in values if x.shape or x.neurons]
+
+
 @rule(*UNARY_AND_UP)
 def pointwise(ctx: Any, call: Any) -> Any:
     """f(a, b, ..) entry by entry, with broadcasting."""
     if call.name == "prelu":
         return prelu(ctx, call)
-    values = [x if hasattr(x, "neurons") else ctx.constant(x) for x in call.tensors() if len(getattr(x, "shape", ()))]
+    values = meeting(ctx, call)
     shape = call.shapes[0]
     if call.name == "type_as":
         values = values[:1]
@@ -75,8 +81,8 @@ def triangle(ctx: Any, call: Any) -> Any:
 )
 def made_constant(ctx: Any, call: Any) -> Any:
     """A value that only takes a shape from its argument: no neuron stands in it."""
-    label = ctx.lift(None)
-    return type(label)(call.shapes[0], learned=True)
+    number = ctx.lift(call.get("value"))
+    return ctx.align(number, shape=call.shapes[0])
 
 
 @rule("copy")

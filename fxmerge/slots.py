@@ -1,0 +1,90 @@
+"""Which entry of one neuron stands for which of another, where neurons have several along one axis.
+
+Channels that are added to channels of the same layer, and the halves of a rotary embedding, are one neuron under two
+names. Where neuron r moves to r', its entries must go to entries of the same part: each of a neuron's names along one
+axis is a *slot*, numbered by the sides on which it met others, then by index. Index is a guess, so it is checked: what
+met what, and who was told apart by turns, must be the same slot for slot, or the neurons are told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxmerge.atoms import Atoms, Ints, mix, unique_pairs
+from fxmerge.label import narrow
+
+
+def _ranks(keys: Sequence[Ints], groups: int) -> Ints:
+    """The place of every element among those that share the last ``groups`` keys, in order of the other ones."""
+    order = np.lexsort(keys)
+    fresh = np.zeros(len(order), bool)
+    fresh[:1] = True
+    for key in keys[len(keys) - groups :]:
+        fresh[1:] |= np.diff(key[order]) != 0
+    starts = np.flatnonzero(fresh)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
+    return rank
+
+
+def turns(atoms: Atoms, t: Tensor) -> tuple[Tensor, Ints, Ints] | None:
+    """First, second, .. of the names under which a label tensor holds a neuron: as marks like ``t``, and per name.
+
+    None where every neuron has one name. A value that met itself moved (rotary halves), or whose parts met elsewhere,
+    has the pair tied, but its two entries are not the same number.
+    """
+    names = np.unique(t.numpy())
+    roots = atoms.find(names)
+    if len(np.unique(roots)) == len(names):
+        return None
+    turn = _ranks((names, atoms.notes(names), roots), 1)
+    return narrow(torch.from_numpy(mix(turn[np.searchsorted(names, t.numpy())]))), names, turn
+
+
+def tell_apart(
+    atoms: Atoms, met: Sequence[tuple[Tensor, Tensor, bool]], turned: Sequence[tuple[Ints, Ints]]
+) -> None:
+    """Marks neurons with several names along one axis by all that was said of their slots.
+
+    Args:
+        atoms: whose origins are axes.
+        met: label tensors that met entry by entry.
+        turned: names, and the turn of each.
+    """
+    everything = np.arange(atoms.size)
+    root, origin = atoms.find(everything), atoms.origin(everything)
+    several = np.zeros(atoms.size, bool)
+    several[root[(_ranks((everything, origin, root), 2) > 0) & (origin >= 0)]] = True
+    if not several.any():
+        return
+    meetings: list[tuple[Ints, Ints, Ints]] = []
+    for k, (left, right, _) in enumerate(met):
+        if _any(several, root, left) and _any(several, root, right):
+            x, y = (a.ravel() for a in np.broadcast_arrays(left.numpy(), right.numpy()))
+            one = (x >= 0) & (y >= 0) & (root[x] == root[y]) & several[root[x]]
+            x, y = unique_pairs(x[one], y[one])
+            meetings.append((x, y, np.full(len(x), k)))
+    x, y, which = (np.concatenate([m[k] for m in meetings]) if meetings else everything[:0] for k in range(3))
+    known = 0
+    while known < (known := len(np.unique(atoms.notes(everything)))):  # a name is known by those that it met
+        notes = atoms.notes(everything)
+        atoms.note(x, mix(notes[y]) ^ which)
+        atoms.note(y, mix(notes[x]) ^ ~which)
+    slot = mix(mix(origin) + _ranks((everything, atoms.notes(everything), origin, root), 2))
+    total = np.zeros(atoms.size, np.int64)
+    np.add.at(total, root[x], mix(mix(slot[x] + which) ^ slot[y]))
+    for k, (names, turn) in enumerate(turned):
+        standing = (names >= 0) & several[root[names]]
+        names, turn = names[standing], turn[standing]
+        np.add.at(total, root[names], mix(mix(slot[names] - k - 1) ^ turn))
+    who = np.flatnonzero(several)
+    atoms.tag(who, mix(total[who]), "several entries of one neuron")
+
+
+def _any(several: np.ndarray, root: Ints, t: Tensor) -> bool:
+    names = t.numpy()
+    return bool(several[root[names[names >= 0]]].any())
