@@ -10,6 +10,8 @@ head, a group). Rules say three things about atoms and nothing else:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
@@ -18,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 Ints = NDArray[np.int64]
 
 _WORD = (1 << 64) - 1
+_NEVER = np.iinfo(np.int64).max
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -65,6 +68,7 @@ class Atoms:
         self._origin = np.zeros(1024, np.int64)
         self._block = np.zeros(1024, np.int64)
         self._note = np.zeros(1024, np.int64)
+        self._tied = np.zeros((2, 1024), np.int64)
         self.edges: list[tuple[Ints, Ints]] = []
         self.tags: list[tuple[Ints, Ints, str | None]] = []
         self._marks = 0
@@ -79,10 +83,12 @@ class Atoms:
                 new = np.zeros(capacity, np.int64)
                 new[:start] = old[:start]
                 setattr(self, name, new)
+            self._tied = np.concatenate([self._tied[:, :start], np.zeros((2, capacity - start), np.int64)], 1)
         ids = np.arange(start, self.size)
         self._root[start : self.size] = ids
         self._origin[start : self.size] = origin
         self._block[start : self.size] = -1
+        self._tied[:, start : self.size] = _NEVER
         return ids
 
     def note(self, atoms: Ints, what: Ints | int) -> None:
@@ -109,6 +115,18 @@ class Atoms:
     def origin(self, ids: Ints) -> Ints:
         return self._origin[ids]
 
+    def slots(self, slot: Ints, kind: int, facts: Iterable[Ints]) -> Ints:
+        """The slot of every atom that facts are about: 0 where a fact is about a neuron as a whole.
+
+        That is so from when it was found to have several entries along an axis; these are told apart by turns.
+
+        Args:
+            slot: of every atom.
+            kind: 0 for tags, 1 for edges.
+            facts: the atoms of every one of these, in order.
+        """
+        return np.concatenate([np.where(n < self._tied[kind, who], slot[who], 0) for n, who in enumerate(facts)])
+
     def union(self, x: Ints, y: Ints) -> None:
         """Atoms x[i] and y[i] are one neuron."""
         x, y = self.find(x), self.find(y)
@@ -127,6 +145,9 @@ class Atoms:
             high, roots = ids, first[part]
         lost = self._block[roots] < 0
         self._block[roots[lost]] = self._block[high[lost]]
+        several = (self._origin[roots] == self._origin[high]) | (self._tied[0, high] < _NEVER)
+        for facts, tied in zip((self.tags, self.edges), self._tied, strict=True):
+            tied[roots[several]] = np.minimum(tied[roots[several]], len(facts))
         self._root[high] = roots
 
     def under(self, child: Ints, block: Ints) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxmerge.atoms import Ints, distinct, mix
+from fxmerge.atoms import Ints, distinct, mix, unique_pairs
 from fxmerge.errors import UnknownOpError
 from fxmerge.interpret import Interpretation
 from fxmerge.ir import AxisClass, AxisClasses, Traced
@@ -48,7 +48,7 @@ def infer_classes(module: nn.Module | Traced, example_inputs: Any = None, *, str
     return _close(interpretation)
 
 
-def _colours(size: int, kinds: Ints, child: Ints, block: Ints) -> Ints:
+def _colours(kinds: Ints, child: Ints, block: Ints, said: Ints) -> Ints:
     """Refines colours until blocks and members tell nothing new apart."""
     colour, count = kinds, 0
     live = np.unique(np.concatenate([child, block])) if child.size else child
@@ -58,8 +58,8 @@ def _colours(size: int, kinds: Ints, child: Ints, block: Ints) -> Ints:
             break
         count = distinct
         finer = mix(colour)
-        np.add.at(finer, child, mix(colour[block] ^ 0x55))
-        np.add.at(finer, block, mix(colour[child] ^ 0x3333))
+        np.add.at(finer, child, mix(colour[block] ^ said ^ 0x55))
+        np.add.at(finer, block, mix(colour[child] ^ said ^ 0x3333))
         colour = finer
     return colour
 
@@ -78,12 +78,17 @@ def _close(found: Interpretation) -> AxisClasses:
         base = mix(atoms.origin(everything) + 1)
         tagged = np.concatenate([t for t, _, _ in atoms.tags]) if atoms.tags else np.zeros(0, np.int64)
         marks = mix(np.concatenate([m for _, m, _ in atoms.tags])) if atoms.tags else tagged
+        slots = np.zeros(size, np.int64)
+        slots[: len(found.slots)] = found.slots
+        if atoms.tags:
+            marks = mix(marks ^ atoms.slots(slots, 0, (t for t, _, _ in atoms.tags)))
         root = atoms.find(everything)
         kinds = np.zeros(size, np.int64)
         np.add.at(kinds, root, base)
         np.add.at(kinds, root[tagged], marks)
-        child, block = _edges(atoms, root)
-        colour = _colours(size, kinds, child, block)
+        child, block, said = _edges(atoms, root, slots)
+        colour = _colours(kinds, child, block, said)
+        child, block = unique_pairs(child, block)
         if first_colour is None:
             first_colour = colour[root]
         if not _absorb(atoms, colour, child, block, root) and (
@@ -101,13 +106,15 @@ def _close(found: Interpretation) -> AxisClasses:
     return _build(found, root, colour, child, block, reasons, first_colour)
 
 
-def _edges(atoms: Any, root: Ints) -> tuple[Ints, Ints]:
+def _edges(atoms: Any, root: Ints, slots: Ints) -> tuple[Ints, Ints, Ints]:
+    """Who is in which block, and which entries of the two were said to be, where they have several."""
     if not atoms.edges:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    child = root[np.concatenate([c for c, _ in atoms.edges])]
-    block = root[np.concatenate([b for _, b in atoms.edges])]
-    pairs = np.unique(np.stack([child, block], 1)[child != block], axis=0)
-    return pairs[:, 0], pairs[:, 1]
+        return (np.zeros(0, np.int64),) * 3
+    children, blocks = zip(*atoms.edges, strict=True)
+    said = mix(atoms.slots(slots, 1, children)) ^ atoms.slots(slots, 1, blocks)
+    child, block = root[np.concatenate(children)], root[np.concatenate(blocks)]
+    rows = np.unique(np.stack([child, block, said], 1)[child != block], axis=0)
+    return rows[:, 0], rows[:, 1], rows[:, 2]
 
 
 def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> bool:

@@ -95,6 +95,7 @@ class Interpretation(Context):
         self.traced = traced
         self.unknown_ops: list[tuple[str, str]] = []
         self.seen: list[tuple[str, int, np.ndarray]] = []
+        self.slots = np.zeros(0, np.int64)
         # id -> (the tensor, kept alive so that ids stay unique; its label)
         self._labels: dict[int, tuple[Tensor, Label]] = {}
         self._names: dict[tuple[Any, ...], str] = {}
@@ -210,7 +211,7 @@ class Interpretation(Context):
                 self.place = "output"
                 self.pin(self.settle(made), OUTPUT)
         self.settle_rows()
-        tell_apart(self.atoms, self.met, self.turned)
+        self.slots = tell_apart(self.atoms, self.met, self.turned)
         self._labels.clear()
         self._pin_unread()
 

@@ -45,22 +45,23 @@ def turns(atoms: Atoms, t: Tensor) -> tuple[Tensor, Ints, Ints] | None:
     return narrow(torch.from_numpy(mix(turn[np.searchsorted(names, t.numpy())]))), names, turn
 
 
-def tell_apart(
-    atoms: Atoms, met: Sequence[tuple[Tensor, Tensor, bool]], turned: Sequence[tuple[Ints, Ints]]
-) -> None:
+def tell_apart(atoms: Atoms, met: Sequence[tuple[Tensor, Tensor, bool]], turned: Sequence[tuple[Ints, Ints]]) -> Ints:
     """Marks neurons with several names along one axis by all that was said of their slots.
 
     Args:
         atoms: whose origins are axes.
         met: label tensors that met entry by entry.
         turned: names, and the turn of each.
+
+    Returns:
+        [atoms], a hash of the slot of every atom; 0 where a neuron has one entry along every axis.
     """
     everything = np.arange(atoms.size)
     root, origin = atoms.find(everything), atoms.origin(everything)
     several = np.zeros(atoms.size, bool)
     several[root[(_ranks((everything, origin, root), 2) > 0) & (origin >= 0)]] = True
     if not several.any():
-        return
+        return np.zeros(atoms.size, np.int64)
     meetings: list[tuple[Ints, Ints, Ints]] = []
     for k, (left, right, _) in enumerate(met):
         if _any(several, root, left) and _any(several, root, right):
@@ -83,6 +84,7 @@ def tell_apart(
         np.add.at(total, root[names], mix(mix(slot[names] - k - 1) ^ turn))
     who = np.flatnonzero(several)
     atoms.tag(who, mix(total[who]), "several entries of one neuron")
+    return np.where(several[root] & (origin >= 0), slot, 0)
 
 
 def _any(several: np.ndarray, root: Ints, t: Tensor) -> bool:
