@@ -70,6 +70,8 @@ class Atoms:
         self._note = np.zeros(1024, np.int64)
         self._tied = np.zeros((2, 1024), np.int64)
         self.edges: list[tuple[Ints, Ints]] = []
+        self.roles: list[int] = []
+        self.role = 0
         self.tags: list[tuple[Ints, Ints, str | None]] = []
         self._marks = 0
 
@@ -118,7 +120,7 @@ class Atoms:
     def slots(self, slot: Ints, kind: int, facts: Iterable[Ints]) -> Ints:
         """The slot of every atom that facts are about: 0 where a fact is about a neuron as a whole.
 
-        That is so from when it was found to have several entries along an axis; these are told apart by turns.
+        That is so from when all its entries along an axis were found to be one; these are told apart by turns.
 
         Args:
             slot: of every atom.
@@ -146,14 +148,14 @@ class Atoms:
         lost = self._block[roots] < 0
         self._block[roots[lost]] = self._block[high[lost]]
         several = (self._origin[roots] == self._origin[high]) | (self._tied[0, high] < _NEVER)
-        for facts, tied in zip((self.tags, self.edges), self._tied, strict=True):
-            tied[roots[several]] = np.minimum(tied[roots[several]], len(facts))
+        self._tied[:, roots[several]] = [[len(self.tags)], [len(self.edges)]]
         self._root[high] = roots
 
     def under(self, child: Ints, block: Ints) -> None:
         """Atom child[i] lives inside block[i]."""
         child, block = self.find(child), self.find(block)
         self.edges.append((child, block))
+        self.roles.append(self.role)
         orphan = self._block[child] < 0
         self._block[child[orphan]] = block[orphan]
 

@@ -94,7 +94,10 @@ def _close(found: Interpretation) -> AxisClasses:
         if not _absorb(atoms, colour, child, block, root) and (
             enlarged > _DEEPEST or not _nest(found, colour, child, block)
         ):
-            break
+            shared = _shared(colour, child, block)
+            if not shared.size:
+                break
+            atoms.pin(shared, "products of neurons with each other")
         enlarged += atoms.size > size
         if atoms.size > size and enlarged > _DEEPEST:
             atoms.pin(np.concatenate([child, block]), "blocks in blocks without an end")
@@ -107,11 +110,12 @@ def _close(found: Interpretation) -> AxisClasses:
 
 
 def _edges(atoms: Any, root: Ints, slots: Ints) -> tuple[Ints, Ints, Ints]:
-    """Who is in which block, and which entries of the two were said to be, where they have several."""
+    """Who is in which block, in which role, and which entries of the two were said to be where they have several."""
     if not atoms.edges:
         return (np.zeros(0, np.int64),) * 3
     children, blocks = zip(*atoms.edges, strict=True)
     said = mix(atoms.slots(slots, 1, children)) ^ atoms.slots(slots, 1, blocks)
+    said ^= np.repeat(atoms.roles, [len(c) for c in children])
     child, block = root[np.concatenate(children)], root[np.concatenate(blocks)]
     rows = np.unique(np.stack([child, block, said], 1)[child != block], axis=0)
     return rows[:, 0], rows[:, 1], rows[:, 2]
@@ -158,6 +162,13 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
             atoms.union(child[at], block[at])
             changed = True
     return changed
+
+
+def _shared(colour: Ints, child: Ints, block: Ints) -> Ints:
+    """Blocks of one kind of which some neuron is in several: a tree of classes cannot say how these move."""
+    kinds, where = np.unique(np.stack([child, colour[block]], 1), axis=0, return_inverse=True)
+    several = np.bincount(where.ravel(), minlength=len(kinds))[where.ravel()] > 1
+    return np.unique(block[several])
 
 
 def _nest(found: Interpretation, colour: Ints, child: Ints, block: Ints) -> bool:

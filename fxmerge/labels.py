@@ -206,8 +206,8 @@ class Context:
 
         neurons: list[Tensor] = []
         for label in labels:
-            for t in map(lift, label.neurons):
-                neurons = self._meet(neurons, t)
+            for k, t in enumerate(map(lift, label.neurons)):
+                neurons = self._meet(neurons, t, k)
         fixed = self._turns([], [*neurons, *(lift(t) for label in labels for t in label.neurons)])
         neurons = [t if len(varying(t)) < 2 else narrow(torch.from_numpy(self._roots(t))) for t in neurons]
         for label in labels:
@@ -236,16 +236,24 @@ class Context:
                 known = self._tell_apart(known, marks)
         return known
 
-    def _meet(self, known: list[Tensor], new: Tensor) -> list[Tensor]:
-        """``known`` with ``new`` related to each of its members, and what another member implies left out."""
+    def _meet(self, known: list[Tensor], new: Tensor, number: int = 0) -> list[Tensor]:
+        """``known`` with ``new`` related to each of its members, and what another member implies left out.
+
+        Where an entry belongs to several neurons (products of all with all), it is in each in another role.
+
+        Args:
+            number: of ``new`` among the tensors of its label.
+        """
         if new.numel() == 1 and any(t.numel() == 1 and t.item() == new.item() for t in known):
             return known  # one neuron all over, said before
-        kept = []
+        kept, role = [], number << 32
         for t in known:
             if not overlap(t, new):
                 kept.append(t)
                 continue
+            self.atoms.role = role
             finer = self._relate(t, new)
+            self.atoms.role, role = 0, role + 1
             if finer == "both":
                 kept.append(t)
             elif finer == "left":

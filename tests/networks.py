@@ -183,6 +183,17 @@ class Rings(nn.Module):
         return self.head(x * x[:, [0, 2, 3, 1, 4, 7, 5, 6]].sigmoid())
 
 
+@network(f(4), POINT, exact=False)  # every product of two hidden neurons moves with both: no tree of classes
+class ProductsWithEachOther(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 4), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        return self.head((x[:, :, None] * x[:, None].sigmoid()).flatten(1))
+
+
 @network(f(4), POINT)  # the hidden layer; the three numbers are each a layer's own
 class NumbersOutOfVector(nn.Module):
     def __init__(self) -> None:
