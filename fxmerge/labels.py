@@ -235,11 +235,10 @@ class Context:
         """
         names = unique(t.numpy())
         roots = self.atoms.find(names)
-        order = np.argsort(roots, kind="stable")
-        fresh = np.diff(roots[order], prepend=-2) != 0
-        if fresh.all():
+        if distinct(roots):
             return torch.zeros((1,) * t.dim(), dtype=torch.int64)
-        starts = np.flatnonzero(fresh)
+        order = np.argsort(roots, kind="stable")
+        starts = np.flatnonzero(np.diff(roots[order], prepend=-2))
         turn = np.empty(len(names), np.int64)
         turn[order] = np.arange(len(names)) - np.repeat(starts, np.diff(np.r_[starts, len(names)]))
         return narrow(torch.from_numpy(mix(turn[np.searchsorted(names, t.numpy())])))
