@@ -22,6 +22,7 @@ Ints = NDArray[np.int64]
 _WORD = (1 << 64) - 1
 _NEVER = np.iinfo(np.int64).max
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_CLOSE = 8  # values of a range this many times as long as their number are marked rather than sorted
 
 
 def mix(x: Ints | int) -> Ints:
@@ -42,21 +43,49 @@ def mix_int(x: int) -> int:
     return z - (1 << 64) if z >> 63 else z
 
 
+def unique(x: Ints) -> Ints:
+    """The distinct values, ascending; close together, as atoms are, they are marked and not sorted."""
+    if not x.size:
+        return x.ravel()
+    low, high = int(x.min()), int(x.max())
+    if high - low <= _CLOSE * x.size:
+        seen = np.zeros(high - low + 1, bool)
+        seen[x.ravel() - low] = True
+        return np.flatnonzero(seen) + low
+    x = np.sort(x, axis=None)
+    return x[np.r_[True, x[1:] != x[:-1]]]
+
+
+def ranks(x: Ints) -> tuple[Ints, Ints]:
+    """The distinct values, ascending, and for every entry which of them it is."""
+    if x.size and int(x.max()) - int(x.min()) <= _CLOSE * x.size:
+        values = unique(x)
+        rank = np.empty(int(values[-1] - values[0]) + 1, np.int64)
+        rank[values - values[0]] = np.arange(len(values))
+        return values, rank[x - values[0]]
+    values, rank = np.unique(x, return_inverse=True)
+    return values, rank.reshape(x.shape)
+
+
 def distinct(x: Ints) -> bool:
     """Whether no value occurs twice; ascending arrays, the common case, need no sorting."""
-    return bool((x[1:] > x[:-1]).all()) or len(np.unique(x)) == len(x)
+    return bool((x[1:] > x[:-1]).all()) or len(unique(x)) == len(x)
 
 
 def unique_pairs(x: Ints, y: Ints) -> tuple[Ints, Ints]:
-    """The distinct pairs (x[i], y[i]), sorted."""
-    if not x.size:
-        return x, y
-    low, span = int(y.min()), int(y.max()) - int(y.min()) + 1
-    if int(abs(x).max()) < 2**62 // span:
-        code = np.unique(x * span + (y - low))
-        return code // span, code % span + low
-    rows = np.unique(np.stack([x, y], 1), axis=0)
-    return rows[:, 0], rows[:, 1]
+    """The distinct pairs of what stands in one place of ``x`` and ``y``, broadcast against each other; sorted."""
+    (xs, i), (ys, j) = ranks(x), ranks(y)
+    if not xs.size or not ys.size:
+        return xs[:0], ys[:0]
+    pair = unique(i * len(ys) + j)
+    return xs[pair // len(ys)], ys[pair % len(ys)]
+
+
+def pair_ranks(x: Ints, y: Ints) -> tuple[Ints, Ints, Ints]:
+    """The distinct pairs (x[i], y[i]), sorted, and for every i which of them it is."""
+    (xs, i), (ys, j) = ranks(x), ranks(y)
+    pair, rank = ranks(i * len(ys) + j)
+    return xs[pair // len(ys)], ys[pair % len(ys)], rank
 
 
 class Atoms:
@@ -139,7 +168,7 @@ class Atoms:
         if distinct(high) and (low.max() < high.min() or not np.isin(low, high).any()):
             roots = low
         else:  # chains within one call: close them first
-            ids, flat = np.unique(np.concatenate([low, high]), return_inverse=True)
+            ids, flat = ranks(np.concatenate([low, high]))
             a, b = flat[: len(low)], flat[len(low) :]
             _, part = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(ids),) * 2), directed=False)
             first = np.full(part.max() + 1, np.iinfo(np.int64).max)
@@ -165,11 +194,11 @@ class Atoms:
         Under the name that they were made with, which says what else they met as (see ``sides``).
         """
         atoms, group = unique_pairs(self.find(atoms), group)
-        groups, where = np.unique(group, return_inverse=True)
+        groups, where = ranks(group)
         named = self._block[atoms]
         known = self.find(named)
         held, block = unique_pairs(where[known >= 0], known[known >= 0])
-        if len(held) == len(groups) == len(np.unique(held)) == len(np.unique(block)):
+        if len(held) == len(groups) == len(unique(held)) == len(unique(block)):
             loose = known < 0
             if loose.any():
                 self.under(atoms[loose], block[where[loose]])

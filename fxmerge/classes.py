@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxmerge.atoms import Ints, distinct, mix, unique_pairs
+from fxmerge.atoms import Ints, distinct, mix, pair_ranks, unique, unique_pairs
 from fxmerge.errors import UnknownOpError
 from fxmerge.interpret import Interpretation
 from fxmerge.ir import AxisClass, AxisClasses, Traced
@@ -51,9 +51,9 @@ def infer_classes(module: nn.Module | Traced, example_inputs: Any = None, *, str
 def _colours(kinds: Ints, child: Ints, block: Ints, said: Ints) -> Ints:
     """Refines colours until blocks and members tell nothing new apart."""
     colour, count = kinds, 0
-    live = np.unique(np.concatenate([child, block])) if child.size else child
+    live = unique(np.concatenate([child, block]))
     while child.size:
-        distinct = len(np.unique(colour[live]))
+        distinct = len(unique(colour[live]))
         if distinct == count:
             break
         count = distinct
@@ -117,8 +117,11 @@ def _edges(atoms: Any, root: Ints, slots: Ints) -> tuple[Ints, Ints, Ints]:
     said = mix(atoms.slots(slots, 1, children)) ^ atoms.slots(slots, 1, blocks)
     said ^= np.repeat(atoms.roles, [len(c) for c in children])
     child, block = root[np.concatenate(children)], root[np.concatenate(blocks)]
-    rows = np.unique(np.stack([child, block, said], 1)[child != block], axis=0)
-    return rows[:, 0], rows[:, 1], rows[:, 2]
+    apart = child != block
+    child, block, said = child[apart], block[apart], said[apart]
+    _, first = np.unique(mix(mix(mix(child) ^ block) ^ said), return_index=True)  # sorting whole rows takes long
+    order = first[np.lexsort((said[first], block[first], child[first]))]
+    return child[order], block[order], said[order]
 
 
 def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> bool:
@@ -126,7 +129,7 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
     if not child.size:
         return False
     changed = False
-    counts = dict(zip(*np.unique(colour[np.unique(root)], return_counts=True), strict=True))
+    counts = dict(zip(*np.unique(colour[unique(root)], return_counts=True), strict=True))
     above: dict[int, list[int]] = {}
     for c, b in zip(child.tolist(), block.tolist(), strict=True):
         above.setdefault(c, []).append(b)
@@ -134,18 +137,15 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
     child, block = child[moving], block[moving]
     if not child.size:
         return False
-    ties, where = np.unique(np.stack([colour[child], block], 1), axis=0, return_inverse=True)
-    members = np.zeros(len(ties), np.int64)
-    np.add.at(members, where.ravel(), mix(child))
+    _, held, where = pair_ranks(colour[child], block)
+    members = np.zeros(len(held), np.int64)
+    np.add.at(members, where, mix(child))
     _, first, again = np.unique(members, return_index=True, return_inverse=True)
-    twins = np.stack([ties[:, 1], ties[first[again], 1]], 1)
-    twins = twins[twins[:, 0] != twins[:, 1]]
-    if len(twins):
-        atoms.union(twins[:, 0], twins[:, 1])
+    twin = held[first[again]]
+    if (held != twin).any():
+        atoms.union(held[held != twin], twin[held != twin])
         return True
-    pairs = np.stack([colour[child], colour[block]], 1)
-    kinds, where = np.unique(pairs, axis=0, return_inverse=True)
-    where = where.ravel()
+    inner, outer, where = pair_ranks(colour[child], colour[block])
 
     def implied(c: int, b: int) -> bool:
         """Whether whatever else c lies in is where b lies, and b lies in no other of that kind."""
@@ -153,11 +153,11 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
         shades = [colour[q] for q in around]
         return all(q in around and shades.count(colour[q]) == 1 for q in above[c] if q != b)
 
-    for k, (c, b) in enumerate(kinds):
+    for k, (c, b) in enumerate(zip(inner, outer, strict=True)):
         if counts[c] != counts[b] or c == b:
             continue
         at = where == k
-        one_each = at.sum() == counts[c] == len(np.unique(child[at])) == len(np.unique(block[at]))
+        one_each = at.sum() == counts[c] == len(unique(child[at])) == len(unique(block[at]))
         if one_each and all(implied(x, y) for x, y in zip(child[at].tolist(), block[at].tolist(), strict=True)):
             atoms.union(child[at], block[at])
             changed = True
@@ -178,10 +178,9 @@ def _nest(found: Interpretation, colour: Ints, child: Ints, block: Ints) -> bool
     atoms = found.atoms
     before = {(int(c), int(b)) for c, b in zip(child, block, strict=True)}
     changed = False
-    kinds, where = np.unique(np.stack([colour[child], colour[block]], 1), axis=0, return_inverse=True)
-    where = where.ravel()
+    inner, _, where = pair_ranks(colour[child], colour[block])
     above: dict[int, list[int]] = {}
-    for k, (c, _) in enumerate(kinds.tolist()):
+    for k, c in enumerate(inner.tolist()):
         above.setdefault(c, []).append(k)
     for ks in above.values():
         for n, k in enumerate(ks):
@@ -189,7 +188,7 @@ def _nest(found: Interpretation, colour: Ints, child: Ints, block: Ints) -> bool
                 at, to = where == k, where == other
                 if not (np.array_equal(child[at], child[to]) and distinct(child[at])):
                     continue  # not one block of each nature around every neuron
-                if len(np.unique(block[at])) == 1 or len(np.unique(block[to])) == 1:
+                if len(unique(block[at])) == 1 or len(unique(block[to])) == 1:
                     continue
                 seen, marked = len(atoms.edges), len(atoms.tags)
                 if found.relate(block[at], block[to]) == "same":
@@ -210,7 +209,7 @@ def _build(
     reasons: dict[int, str],
     slot_colour: Ints,
 ) -> AxisClasses:
-    roots = np.unique(root)
+    roots = unique(root)
     shades, kind, counts = np.unique(colour[roots], return_inverse=True, return_counts=True)
     kind_of = np.full(len(root), -1)
     kind_of[roots] = kind
@@ -224,9 +223,10 @@ def _build(
     signature = np.zeros(len(root), np.int64)
     origin = found.atoms.origin(np.arange(len(root)))
     np.add.at(signature, root, mix(origin + 1))
-    placed = np.union1d(root[origin >= 0], np.concatenate([child, block]))  # the others are rows of a sorted batch
+    placed = np.zeros(len(root), bool)  # the others are rows of a sorted batch
+    placed[root[origin >= 0]] = placed[child] = placed[block] = True
     for k in range(len(shades)):
-        if not np.isin(members[k], placed).any():
+        if not placed[members[k]].any():
             continue
         reason = pinned.get(k)
         if reason is None:
@@ -300,10 +300,8 @@ def _parents(
     if child.size:
         moving = counts[kind_of[block]] > 1
         child, block = child[moving], block[moving]
-        code = np.stack([kind_of[child], kind_of[block]], 1)
-        kinds, where = np.unique(code, axis=0, return_inverse=True)
-        where = where.ravel()
-        for k, (c, b) in enumerate(kinds):
+        inner, outer, where = pair_ranks(kind_of[child], kind_of[block])
+        for k, (c, b) in enumerate(zip(inner, outer, strict=True)):
             at = where == k
             if c != b and at.sum() == counts[c]:  # one block of that kind each
                 lookup = np.full(len(kind_of), -1)

@@ -27,7 +27,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from fxmerge.atoms import Atoms, Ints, distinct, mix, mix_int, unique_pairs
+from fxmerge.atoms import Atoms, Ints, distinct, mix, mix_int, ranks, unique, unique_pairs
 from fxmerge.ir import Site
 from fxmerge.label import Label, Order, combine, hashed, narrow, overlap, varying
 from fxmerge.slots import turns
@@ -310,8 +310,7 @@ class Context:
             else:
                 atoms.under(fine, coarse)
             return "left" if one_y else "right"
-        xs, i = np.unique(x, return_inverse=True)
-        ys, j = np.unique(y, return_inverse=True)
+        (xs, i), (ys, j) = ranks(x), ranks(y)
         count = len(xs) + len(ys)
         graph = coo_array((np.ones(len(i)), (i, len(xs) + j)), shape=(count, count))
         parts, part = connected_components(graph, directed=False)
@@ -345,8 +344,8 @@ class Context:
             roots = high
 
         def pairs(fixed: Tensor) -> tuple[Ints, Ints]:
-            x, p = (a.ravel() for a in np.broadcast_arrays(roots, fixed.numpy()))
-            return unique_pairs(x[x >= 0], p[x >= 0])
+            x, p = unique_pairs(roots, fixed.numpy())
+            return x[x >= 0], p[x >= 0]
 
         part = fixed
         for d in varying(fixed):
@@ -361,7 +360,7 @@ class Context:
 
     def _mark(self, atoms: Ints, marks: Ints, reason: str) -> None:
         """Tags each atom with the multiset of its marks in this one meeting, unless they are all alike."""
-        ids, where = np.unique(atoms, return_inverse=True)
+        ids, where = ranks(atoms)
         total = np.zeros(len(ids), np.int64)
         np.add.at(total, where, marks)
         if (total != total[0]).any():
@@ -426,9 +425,8 @@ class Context:
         others = [d for d in varying(p) if t.shape[d] == 1]
         p = self._fold(p, [d for d in others if d in gone], [d for d in others if d not in gone])
         if overlap(t, p):
-            x, marks = np.broadcast_arrays(self._roots(t), p.numpy())
-            standing = x.ravel() >= 0
-            x, marks = unique_pairs(x.ravel()[standing], marks.ravel()[standing])
+            x, marks = unique_pairs(self._roots(t), p.numpy())
+            x, marks = x[x >= 0], marks[x >= 0]
             if x.size:
                 self._mark(x, mix(marks), f"{why} ({self.place})")
 
@@ -444,15 +442,14 @@ class Context:
             x, count = (a.ravel() for a in np.broadcast_arrays(one, (roots >= 0).sum(over, keepdims=True)))
             self._mark(x[x >= 0], mix(count[x >= 0]), f"position ({self.place})")
             return narrow(torch.from_numpy(one)), False
-        ids = np.unique(roots[roots >= 0])
+        ids = unique(roots[roots >= 0])
         self.atoms.tag(ids, np.full(len(ids), self.atoms.mark()))  # members of the set differ from non-members
         sums = mix(roots).sum(axis=over, keepdims=True)
         none = torch.full((1,) * t.dim(), -1)
         if (sums == sums.flat[0]).all():
             return none, False
-        x, group = np.broadcast_arrays(roots, sums)
-        standing = x.ravel() >= 0
-        x, group = unique_pairs(x.ravel()[standing], group.ravel()[standing])
+        x, group = unique_pairs(roots, sums)
+        x, group = x[x >= 0], group[x >= 0]
         values, first = np.unique(sums, return_index=True)
         if not distinct(x):
             self.atoms.pin(x, f"overlapping sets reduced at {self.place}")
@@ -533,5 +530,5 @@ class Context:
                 if axes and not axes & noted:
                     noted |= axes
                     ids = t.numpy().ravel()
-                    origins = np.unique(self.atoms.origin(ids[ids >= 0]))
+                    origins = unique(self.atoms.origin(ids[ids >= 0]))
                     self.reads.update(self.sites[k] for k in origins if k >= 0)

@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxmerge.batch import Input, follow, repeated
 from fxmerge.errors import TraceError, few, told
@@ -146,7 +147,7 @@ def _follow_batch(
 ) -> tuple[fx.GraphModule, str | None]:
     """The graph for any batch size where a run on twice the batch tells how; else the graph as it is, and why."""
     fixed = recorder.built(module)
-    twice, thrice = repeated(arguments, 2), repeated(arguments, 3)
+    twice = repeated(arguments, 2)
     if twice is None:
         return fixed, "the inputs have no batch axis in common"
     try:
@@ -162,15 +163,34 @@ def _follow_batch(
     if (why := follow(recorder.graph, other.graph, recorder.inputs[0])) is not None:
         return fixed, why
     graph_module = recorder.built(module)
-    try:
-        with evaluating(module):
-            expected = plain(call(module, *fresh(thrice)))
-        with evaluating(graph_module):
-            output = graph_module(*bind(graph_module.graph, *fresh(thrice)))
-        why = difference(expected, output)
-    except Exception as error:
-        why = told(error)
-    return (graph_module, None) if why is None else (fixed, f"on three times the batch, {why}")
+    why = _unlike(graph_module, module, arguments)
+    return (graph_module, None) if why is None else (fixed, why)
+
+
+def _unlike(graph_module: fx.GraphModule, module: nn.Module, arguments: Arguments) -> str | None:
+    """How graph and network differ on a third batch size; None where they agree.
+
+    One sample more is the least work, but was recorded where there is one sample, and some networks take multiples
+    of their batch alone (clips of several frames).
+    """
+    thrice = repeated(arguments, 3)
+    size = next(leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)).shape[0]
+    for count in (size + 1, 3 * size) if size > 1 else (3,):
+        given = pytree.tree_map(lambda leaf, count=count: leaf[:count] if isinstance(leaf, Tensor) else leaf, thrice)
+        try:
+            with evaluating(module):
+                expected = plain(call(module, *fresh(given)))
+        except Exception as error:
+            why: str | None = told(error)
+            continue
+        try:
+            with evaluating(graph_module):
+                output = graph_module(*bind(graph_module.graph, *fresh(given)))
+            why = difference(expected, output)
+        except Exception as error:
+            why = told(error)
+        break
+    return None if why is None else f"on a batch of {count}, {why}"
 
 
 def _assert_shapes(graph_module: fx.GraphModule, inputs: Sequence[Input], fixed: bool) -> None:

@@ -105,11 +105,11 @@ HARD = {
 def test_keys_stand_against_queries(packed):
     classes = fxmerge.infer_classes(Attention(packed=packed), tokens(2))
     at = named(classes)
-    turned = {str(site): columns.tolist() for site, columns in classes[at["pair"]].turned.items()}
-    if packed:
-        assert turned == {"qkv.weight:0": [False, True], "qkv.bias:0": [False, True]}
-    else:
-        assert turned == {"k.weight:0": [True], "k.bias:0": [True]}
+    pair = classes[at["pair"]]
+    turned = {str(site): pair.sites[site][:, columns].flatten().tolist() for site, columns in pair.turned.items()}
+    names = ("qkv.weight:0", "qkv.bias:0") if packed else ("k.weight:0", "k.bias:0")
+    first = pair.size if packed else 0  # keys are stored behind the queries
+    assert turned == dict.fromkeys(names, list(range(first, first + pair.size)))
     assert not any(c.reflexive for c in classes)
     assert not any(c.turned for k, c in enumerate(classes) if k != at["pair"])
 

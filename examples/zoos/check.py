@@ -129,6 +129,8 @@ def _stages(row: Row, build: Callable[[], tuple[nn.Module, Any]], with_twin: boo
     randomise(model, run)
     with torch.no_grad():
         row["forward"] = seconds(partial(run, model), 3)
+    # what is imported at the first use is no part of the analysis
+    fxmerge.infer_classes(nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)), torch.randn(2, 2, 2, 2))
 
     start = begin("trace")
     traced = trace(model, inputs)
