@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -117,15 +118,29 @@ def _data(args: argparse.Namespace, labels: bool = False) -> Iterable[Any] | Non
     return loaders.batches(args.data, args.batch_size, args.samples, args.seed, args.trust_code, labels)
 
 
-def _example(args: argparse.Namespace, network: nn.Module, data: Iterable[Any] | None = None) -> Any:
-    """Two samples to trace with; None leaves it to the tracer to infer them."""
+def _example(args: argparse.Namespace, text: str, network: nn.Module, data: Iterable[Any] | None = None) -> Any:
+    """Two samples to trace ``network``, written ``text``, with; None leaves it to the tracer to infer them."""
     if args.input:
         return loaders.example(args.input)
     if data is not None:
         for batch in islice(data, 1):
             batch = batch[0] if isinstance(batch, (tuple, list)) else batch
             return pytree.tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) else leaf, batch)
-    return getattr(network, "dummy_inputs", None)
+    return _merged_on(Path(text)) or getattr(network, "dummy_inputs", None)
+
+
+def _merged_on(folder: Path) -> dict[str, Tensor] | None:
+    """Inputs like those that a merged folder says it was merged on: random floats, integers that any table has."""
+    if not (folder / "graph.json").exists() or not (folder / "recipe.json").exists():
+        return None
+    said = json.loads((folder / "recipe.json").read_text(encoding="utf-8")).get("inputs", [])
+    draw = torch.Generator().manual_seed(0)
+    found = {}
+    for one in said:
+        dtype = getattr(torch, one["dtype"])
+        made = torch.randn(one["shape"], generator=draw) if dtype.is_floating_point else torch.ones(one["shape"])
+        found[one["name"]] = made.to(dtype)
+    return found
 
 
 def _say(args: argparse.Namespace, text: str, facts: Mapping[str, Any]) -> None:
@@ -151,7 +166,7 @@ def _class_facts(classes: AxisClasses) -> list[dict[str, Any]]:
 def _inspect(args: argparse.Namespace) -> int:
     facts = []
     for text, network in zip(args.networks, _networks(args), strict=True):
-        classes = infer_classes(trace(network, _example(args, network)), strict=False)
+        classes = infer_classes(trace(network, _example(args, text, network)), strict=False)
         stages = find_stages(classes)
         lines = [f"{text}: {classes.traced.origin} trace of {len(classes.traced.graph_module.graph.nodes)} nodes", ""]
         lines += [str(classes), "", "stages, whose units may differ in number between networks:"]
@@ -188,7 +203,7 @@ def _merged(args: argparse.Namespace, kept: Path | None = None, **options: Any) 
     if data is not None and (matcher is None or (matcher != "auto" and matcher.needs_data)):
         chosen["statistics"] = kept
     networks = _networks(args)
-    example = _example(args, networks[0], data)
+    example = _example(args, args.networks[0], networks[0], data)
     return merge(*networks, example_inputs=example, data=data, progress=not args.quiet, **chosen)
 
 
@@ -295,7 +310,7 @@ def _eval(args: argparse.Namespace) -> int:
         if len(parents) < 2:
             raise InputError("--barrier takes two networks that are no merged folders")
         a, b = parents[:2]
-        moved = align(b, to=a, example_inputs=_example(args, a, data), seed=args.seed, progress=not args.quiet)
+        moved = align(b, to=a, example_inputs=_example(args, "", a, data), seed=args.seed, progress=not args.quiet)
         barriers = {"as they are": evaluate_barrier(a, b, data, **options)}
         barriers["aligned"] = evaluate_barrier(a, moved, data, **options)
         text += "".join(f"\n\n{name}:\n{barrier}" for name, barrier in barriers.items())
@@ -314,7 +329,7 @@ def _export(args: argparse.Namespace) -> int:
     (network,) = _networks(args)
     written = []
     if args.onnx or args.pt2:
-        traced = trace(network, _example(args, network))
+        traced = trace(network, _example(args, args.networks[0], network))
         for path, write in ((args.onnx, exchange.export_onnx), (args.pt2, exchange.export_pt2)):
             if path:
                 written.append(str(write(network, path, traced.args, traced.kwargs)))
@@ -330,7 +345,7 @@ def _verify(args: argparse.Namespace) -> int:
     right, facts = True, []
     rows: list[tuple[object, ...]] = [("network", "seed", "relative error", "")]
     for text, network in zip(args.networks, _networks(args), strict=True):
-        classes = infer_classes(network, _example(args, network))
+        classes = infer_classes(network, _example(args, text, network))
         for seed in range(args.seed, args.seed + args.seeds):
             found = verify(network, classes, seed=seed)
             right &= found.ok

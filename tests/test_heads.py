@@ -109,7 +109,7 @@ def test_keys_stand_against_queries(packed):
     turned = {str(site): pair.sites[site][:, columns].flatten().tolist() for site, columns in pair.turned.items()}
     names = ("qkv.weight:0", "qkv.bias:0") if packed else ("k.weight:0", "k.bias:0")
     first = pair.size if packed else 0  # keys are stored behind the queries
-    assert turned == dict.fromkeys(names, list(range(first, first + pair.size)))
+    assert turned == {name: list(range(first, first + pair.size)) for name in names}
     assert not any(c.reflexive for c in classes)
     assert not any(c.turned for k, c in enumerate(classes) if k != at["pair"])
 
