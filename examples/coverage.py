@@ -12,6 +12,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +34,7 @@ LEGEND = """
 - front end: symbolic tracing, or a recording of one run; nodes: of the graph; free: neurons that may be permuted.
 - verify: relative change of the output in float64 under a random element of the whole inferred symmetry.
 - twin: relative difference in float32 between the network and its merge with a permuted twin; twin s: seconds to
-  permute, infer again, match, rewrite and verify.
+  permute, infer again, match, rewrite and verify; empty where that was left out.
 - analysis s: seconds to trace and infer; ratio: to one eager forward of the same network on the same inputs.
 - pinned: how many neurons, and why; of failures, the stage and the first line of the error.
 """.strip()
@@ -95,7 +96,8 @@ def cells(row: Row) -> tuple[str, ...]:
 
     analysed = "infer_seconds" in row
     reasons = [f"{count} {why.removeprefix('the network')}" for why, count in list(row.get("pinned", {}).items())[:3]]
-    said = ", ".join(r.replace("'s ", "") for r in reasons) if passed(row) else f"**{row['stage']}**: {row['error']}"
+    error = re.sub(r"\S*site-packages/", "", row["error"])[:300]
+    said = ", ".join(r.replace("'s ", "") for r in reasons) if passed(row) else f"**{row['stage']}**: {error}"
     return (
         row["name"], row.get("front_end", ""), shown("nodes", "d"), shown("free", "d"), shown("total", "d"),
         shown("verify", ".0e"), shown("twin", ".0e"), shown("twin_seconds", ".1f"),
@@ -145,6 +147,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds per network (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path("out/coverage.jsonl"), help="default: %(default)s")
+    parser.add_argument("--no-run", action="store_true", help="only write what the results have so far")
     parser.add_argument("--out", type=Path, help=f"default: {PAGE.name} in docs when every network is checked")
     args = parser.parse_args()
 
@@ -152,16 +155,18 @@ def main() -> None:
     names = [(zoo, name) for zoo, name in names if args.only is None or name in args.only]
     args.results.parent.mkdir(parents=True, exist_ok=True)
     known = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
-    rows = {(row["zoo"], row["name"]): row for row in map(json.loads, known) if row["with_twin"] is not args.no_twin}
+    rows = {(row["zoo"], row["name"]): row for row in map(json.loads, known) if row["with_twin"] or args.no_twin}
+    todo = [] if args.no_run else [key for key in names if key not in rows]
     with args.results.open("a", encoding="utf-8") as file:
-        for row in sweep([key for key in names if key not in rows], not args.no_twin, args.limit, args.jobs):
+        for row in sweep(todo, not args.no_twin, args.limit, args.jobs):
             rows[row["zoo"], row["name"]] = row
             file.write(json.dumps(row) + "\n")
             file.flush()
             told = "  ".join(f"{title} {cell}" for title, cell in zip(HEADER, cells(row), strict=True) if cell)
             print(f"{row['zoo']}  {told}", flush=True)
 
-    chosen = [rows[key] for key in names]
+    missing = {"stage": "not run", "error": "no time was given to it", "with_twin": False}
+    chosen = [rows.get((zoo, name)) or {"zoo": zoo, "name": name, **missing} for zoo, name in names]
     out = args.out or (None if args.only or args.no_twin or args.zoo != ZOOS else PAGE)
     if out is not None:
         unfinished = out.with_name(out.name + ".part")
