@@ -30,7 +30,7 @@ def image(name: str) -> Tensor:
 
 
 def clip(name: str) -> Tensor:
-    size = 224 if name.startswith("mvit") else 112
+    size = 224 if name.startswith(("mvit", "s3d")) else 112
     return torch.randn(2, 3, 16, size, size)
 
 
