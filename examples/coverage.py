@@ -30,7 +30,10 @@ PAGE = FOLDER.parent / "docs" / "coverage.md"
 HEADER = (
     "network", "front end", "nodes", "free", "neurons", "verify", "twin", "twin s", "analysis s", "ratio", "pinned",
 )  # fmt: skip
+NOT_RUN = "not run"
 LEGEND = """
+Results are kept between runs, so rows may come from different commits, and networks may have none yet ("not run").
+
 - front end: symbolic tracing, or a recording of one run; nodes: of the graph; free: neurons that may be permuted.
 - verify: relative change of the output in float64 under a random element of the whole inferred symmetry.
 - twin: relative difference in float32 between the network and its merge with a permuted twin; twin s: seconds to
@@ -108,10 +111,12 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def summary(zoo: str, rows: Sequence[Row]) -> tuple[str, ...]:
     ratios = [ratio(row) for row in rows if "infer_seconds" in row]
-    good = [row for row in rows if passed(row)]
+    ran = [row for row in rows if row["stage"] != NOT_RUN]
+    good = [row for row in ran if passed(row)]
     free = sum(row["free"] for row in good) / max(sum(row["total"] for row in good), 1)
     middle = f"{median(ratios):.1f}" if ratios else ""
-    return zoo, f"{len(good)} of {len(rows)}", f"{100 * len(good) / len(rows):.1f}%", f"{100 * free:.1f}%", middle
+    share = f"{100 * len(good) / max(len(ran), 1):.1f}%"
+    return zoo, f"{len(good)} of {len(ran)}", share, f"{len(rows) - len(ran)}", f"{100 * free:.1f}%", middle
 
 
 def versions() -> str:
@@ -131,7 +136,7 @@ def page(rows: Sequence[Row]) -> str:
         "# Coverage: networks of the model zoos",
         f"Written by `python examples/coverage.py` with {versions()}, one thread per network.",
         (check.__doc__ or "").partition("\n\n")[2].strip(),
-        table(("zoo", "passed", "", "free neurons", "median ratio"), summaries, markdown=True),
+        table(("zoo", "passed", "", "not run", "free neurons", "median ratio"), summaries, markdown=True),
         LEGEND,
     ]
     for zoo, members in zoos.items():
@@ -165,7 +170,7 @@ def main() -> None:
             told = "  ".join(f"{title} {cell}" for title, cell in zip(HEADER, cells(row), strict=True) if cell)
             print(f"{row['zoo']}  {told}", flush=True)
 
-    missing = {"stage": "not run", "error": "no time was given to it", "with_twin": False}
+    missing = {"stage": NOT_RUN, "error": "no result yet", "with_twin": False}
     chosen = [rows.get((zoo, name)) or {"zoo": zoo, "name": name, **missing} for zoo, name in names]
     out = args.out or (None if args.only or args.no_twin or args.zoo != ZOOS else PAGE)
     if out is not None:
