@@ -22,7 +22,7 @@ from fxmerge import exchange, export, loaders, sources
 from fxmerge.barrier import evaluate, evaluate_barrier
 from fxmerge.classes import infer_classes
 from fxmerge.ensemble import Ensemble
-from fxmerge.errors import FxMergeError, InputError, told
+from fxmerge.errors import FormatError, FxMergeError, InputError, told
 from fxmerge.ir import AxisClasses
 from fxmerge.pipeline import MergeResult, align, merge
 from fxmerge.recipe import read_options
@@ -136,10 +136,15 @@ def _merged_on(folder: Path) -> dict[str, Tensor] | None:
     said = json.loads((folder / "recipe.json").read_text(encoding="utf-8")).get("inputs", [])
     draw = torch.Generator().manual_seed(0)
     found = {}
-    for one in said:
-        dtype = getattr(torch, one["dtype"])
-        made = torch.randn(one["shape"], generator=draw) if dtype.is_floating_point else torch.ones(one["shape"])
-        found[one["name"]] = made.to(dtype)
+    try:
+        for one in said:
+            dtype = _DTYPES[one["dtype"]]
+            made = torch.randn(one["shape"], generator=draw) if dtype.is_floating_point else torch.ones(one["shape"])
+            found[one["name"]] = made.to(dtype)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise FormatError(
+            f"{folder / 'recipe.json'} does not say what inputs are like ({told(error)}): give --input"
+        ) from None
     return found
 
 
@@ -163,10 +168,13 @@ def _class_facts(classes: AxisClasses) -> list[dict[str, Any]]:
     ]
 
 
+_DTYPES = {str(t).removeprefix("torch."): t for t in vars(torch).values() if isinstance(t, torch.dtype)}
+
+
 def _inspect(args: argparse.Namespace) -> int:
     facts = []
     for text, network in zip(args.networks, _networks(args), strict=True):
-        classes = infer_classes(trace(network, _example(args, text, network)), strict=False)
+        classes = infer_classes(network, _example(args, text, network))
         stages = find_stages(classes)
         lines = [f"{text}: {classes.traced.origin} trace of {len(classes.traced.graph_module.graph.nodes)} nodes", ""]
         lines += [str(classes), "", "stages, whose units may differ in number between networks:"]
@@ -310,7 +318,8 @@ def _eval(args: argparse.Namespace) -> int:
         if len(parents) < 2:
             raise InputError("--barrier takes two networks that are no merged folders")
         a, b = parents[:2]
-        moved = align(b, to=a, example_inputs=_example(args, "", a, data), seed=args.seed, progress=not args.quiet)
+        example = _example(args, "", a, data)
+        moved = align(b, to=a, example_inputs=example, device=args.device, seed=args.seed, progress=not args.quiet)
         barriers = {"as they are": evaluate_barrier(a, b, data, **options)}
         barriers["aligned"] = evaluate_barrier(a, moved, data, **options)
         text += "".join(f"\n\n{name}:\n{barrier}" for name, barrier in barriers.items())

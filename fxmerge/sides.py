@@ -38,16 +38,15 @@ def sides(met: Sequence[tuple[Tensor, Tensor, bool]], root: Ints) -> Ints:
     """
     side = np.full(len(root), LOOSE)
     paired = np.zeros(len(root), bool)
-    for left, right, across in met:
-        if across:
-            paired[root[_united(left, right, root)[0]]] = True
+    ends = [(*_united(left, right, root), True) for left, right, across in met if across]
+    for x, _, _ in ends:
+        paired[root[x]] = True
     if not paired.any():
         return side
-    ends: list[tuple[Ints, Ints, bool]] = []
     for left, right, across in met:
         x = left.numpy()
-        if paired[root[x[x >= 0]]].any():
-            ends.append((*_united(left, right, root), across))
+        if not across and paired[root[x[x >= 0]]].any():
+            ends.append((*_united(left, right, root), False))
     x, y = (np.concatenate([e[k] for e in ends]) for k in (0, 1))
     turns = np.repeat([e[2] for e in ends], [len(e[0]) for e in ends])
     n = len(root)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxmerge.atoms import Atoms, Ints, mix, unique_pairs
+from fxmerge.atoms import Atoms, Ints, distinct, mix, unique, unique_pairs
 from fxmerge.label import narrow
 
 
@@ -37,9 +37,9 @@ def turns(atoms: Atoms, t: Tensor) -> tuple[Tensor, Ints, Ints] | None:
     None where every neuron has one name. A value that met itself moved (rotary halves), or whose parts met elsewhere,
     has the pair tied, but its two entries are not the same number.
     """
-    names = np.unique(t.numpy())
+    names = unique(t.numpy())
     roots = atoms.find(names)
-    if len(np.unique(roots)) == len(names):
+    if distinct(roots):
         return None
     turn = _ranks((names, atoms.notes(names), roots), 1)
     return narrow(torch.from_numpy(mix(turn[np.searchsorted(names, t.numpy())]))), names, turn
@@ -71,7 +71,7 @@ def tell_apart(atoms: Atoms, met: Sequence[tuple[Tensor, Tensor, bool]], turned:
             meetings.append((x, y, np.full(len(x), k)))
     x, y, which = (np.concatenate([m[k] for m in meetings]) if meetings else everything[:0] for k in range(3))
     known = 0
-    while known < (known := len(np.unique(atoms.notes(everything)))):  # a name is known by those that it met
+    while known < (known := len(unique(atoms.notes(everything)))):  # a name is known by those that it met
         notes = atoms.notes(everything)
         atoms.note(x, mix(notes[y]) ^ which)
         atoms.note(y, mix(notes[x]) ^ ~which)

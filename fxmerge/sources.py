@@ -245,9 +245,7 @@ def _fill(module: nn.Module, source: Source) -> None:
     unknown = [k for k in state if k not in own]
     if missing or unknown:
         said = [f"{text} {few(keys)}" for text, keys in (("it lacks", missing), ("has beside", unknown)) if keys]
-        raise InputError(
-            f"{source.weights} is of another network than {replace(source, weights=None)}: " + "; ".join(said)
-        )
+        raise InputError(f"{source.weights} is of another network than {architecture}: " + "; ".join(said))
     for key, value in state.items():
         if own[key].shape != value.shape:
             raise InputError(

@@ -248,6 +248,13 @@ def explained(error: FxMergeError) -> bool:
     return 10 < len(str(error)) < 10_000
 
 
+def complaint(seed: int, error: BaseException) -> list[str]:
+    """What is wrong with an error: that it is not one of ours, or does not say what it should."""
+    if isinstance(error, FxMergeError):
+        return [] if explained(error) else [f"{seed}: {str(error)[:300]}"]
+    return [f"{seed}: {type(error).__name__} {traceback.format_exc()[-800:]}"]
+
+
 def fuzzed(
     folder: Path, mutate: Callable[[Path, random.Random], None], accept: Callable[[Any], bool], count: int
 ) -> list[str]:
@@ -264,11 +271,8 @@ def fuzzed(
                 module = watch(lambda target=target: fxmerge.load(target))
                 if not accept(module):
                     wrong.append(f"{seed}: another network")
-            except FxMergeError as error:
-                if not explained(error):
-                    wrong.append(f"{seed}: {str(error)[:300]}")
             except BaseException as error:
-                wrong.append(f"{seed}: {type(error).__name__} {traceback.format_exc()[-800:]}")
+                wrong += complaint(seed, error)
         return wrong
 
     return watched(work)
@@ -326,11 +330,8 @@ def test_recipes() -> None:
                 simple = [v for v in found.values() if v is None or isinstance(v, (str, bool, int, list, dict))]
                 if len(methods) + len(simple) + (found.get("target") in parents) != len(found):
                     wrong.append(f"{seed}: {found}")
-            except FxMergeError as error:
-                if not explained(error):
-                    wrong.append(f"{seed}: {str(error)[:300]}")
             except BaseException as error:
-                wrong.append(f"{seed}: {type(error).__name__} {traceback.format_exc()[-800:]}")
+                wrong += complaint(seed, error)
         return wrong
 
     assert watched(work) == []
