@@ -28,7 +28,7 @@ from fxmerge.label import Label, combine, varying
 from fxmerge.labels import Context
 from fxmerge.rules import FOLLOWED, MOVEMENT, RULES
 from fxmerge.running import bind, evaluating
-from fxmerge.slots import tell_apart
+from fxmerge.slots import find_slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +211,7 @@ class Interpretation(Context):
                 self.place = "output"
                 self.pin(self.settle(made), OUTPUT)
         self.settle_rows()
-        self.slots = tell_apart(self.atoms, self.met, self.turned)
+        self.slots = find_slots(self.atoms, self.met)
         self._labels.clear()
         self._pin_unread()
 

@@ -45,7 +45,6 @@ class Context:
         self.place = "the graph"  # the node at work, for reasons
         self._places: dict[tuple[int, int], Tensor] = {}
         self.met: list[tuple[Tensor, Tensor, bool]] = []  # what met entry by entry, and whether to be summed over
-        self.turned: list[tuple[Ints, Ints]] = []  # names of neurons that have several, and which of these they are
         self._summed: int | None = None  # the first dimension that is
         self.sorted: list[tuple[Tensor, Tensor, str]] = []  # rows, the atoms in whose order they stand, and where
 
@@ -230,9 +229,7 @@ class Context:
     def _turns(self, known: list[Tensor], ts: Iterable[Tensor]) -> list[Tensor]:
         """Adds which turn it is where a value holds neurons under several names."""
         for t in ts:
-            if found := turns(self.atoms, t):
-                marks, *told = found
-                self.turned.append((told[0], told[1]))
+            if (marks := turns(self.atoms, t)) is not None:
                 known = self._tell_apart(known, marks)
         return known
 

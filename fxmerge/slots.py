@@ -2,8 +2,8 @@
 
 Channels that are added to channels of the same layer, and the halves of a rotary embedding, are one neuron under two
 names. Where neuron r moves to r', its entries must go to entries of the same part: each of a neuron's names along one
-axis is a *slot*, numbered by the sides on which it met others, then by index. Index is a guess, so it is checked: what
-met what, and who was told apart by turns, must be the same slot for slot, or the neurons are told apart.
+axis is a *slot*, numbered by the names that it met, then by index. Blocks and marks that were said of an entry remember
+its slot, so that neurons of which other things were said slot for slot are told apart.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _ranks(keys: Sequence[Ints], groups: int) -> Ints:
     return rank
 
 
-def turns(atoms: Atoms, t: Tensor) -> tuple[Tensor, Ints, Ints] | None:
-    """First, second, .. of the names under which a label tensor holds a neuron: as marks like ``t``, and per name.
+def turns(atoms: Atoms, t: Tensor) -> Tensor | None:
+    """First, second, .. of the names under which a label tensor holds a neuron, as marks like ``t``.
 
     None where every neuron has one name. A value that met itself moved (rotary halves), or whose parts met elsewhere,
     has the pair tied, but its two entries are not the same number.
@@ -42,19 +42,15 @@ def turns(atoms: Atoms, t: Tensor) -> tuple[Tensor, Ints, Ints] | None:
     if distinct(roots):
         return None
     turn = _ranks((names, atoms.notes(names), roots), 1)
-    return narrow(torch.from_numpy(mix(turn[np.searchsorted(names, t.numpy())]))), names, turn
+    return narrow(torch.from_numpy(mix(turn[np.searchsorted(names, t.numpy())])))
 
 
-def tell_apart(atoms: Atoms, met: Sequence[tuple[Tensor, Tensor, bool]], turned: Sequence[tuple[Ints, Ints]]) -> Ints:
-    """Marks neurons with several names along one axis by all that was said of their slots.
+def find_slots(atoms: Atoms, met: Sequence[tuple[Tensor, Tensor, bool]]) -> Ints:
+    """[atoms], a hash of the slot of every atom; 0 where a neuron has one entry along every axis.
 
     Args:
         atoms: whose origins are axes.
         met: label tensors that met entry by entry.
-        turned: names, and the turn of each.
-
-    Returns:
-        [atoms], a hash of the slot of every atom; 0 where a neuron has one entry along every axis.
     """
     everything = np.arange(atoms.size)
     root, origin = atoms.find(everything), atoms.origin(everything)
@@ -76,14 +72,6 @@ def tell_apart(atoms: Atoms, met: Sequence[tuple[Tensor, Tensor, bool]], turned:
         atoms.note(x, mix(notes[y]) ^ which)
         atoms.note(y, mix(notes[x]) ^ ~which)
     slot = mix(mix(origin) + _ranks((everything, atoms.notes(everything), origin, root), 2))
-    total = np.zeros(atoms.size, np.int64)
-    np.add.at(total, root[x], mix(mix(slot[x] + which) ^ slot[y]))
-    for k, (names, turn) in enumerate(turned):
-        standing = (names >= 0) & several[root[names]]
-        names, turn = names[standing], turn[standing]
-        np.add.at(total, root[names], mix(mix(slot[names] - k - 1) ^ turn))
-    who = np.flatnonzero(several)
-    atoms.tag(who, mix(total[who]), "several entries of one neuron")
     return np.where(several[root] & (origin >= 0), slot, 0)
 
 
