@@ -27,11 +27,16 @@ _CLOSE = 8  # values of a range this many times as long as their number are mark
 
 def mix(x: Ints | int) -> Ints:
     """A 64-bit hash (splitmix64), elementwise. Sums of it are order-free fingerprints of multisets."""
-    with np.errstate(over="ignore"):
-        z = np.asarray(x).astype(np.uint64) + _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return (z ^ (z >> np.uint64(31))).astype(np.int64)
+    z = np.asarray(x).astype(np.uint64)
+    if not z.ndim:  # NumPy warns of overflow of scalars
+        return np.asarray(mix_int(int(x)))
+    z += _GOLDEN
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z.view(np.int64)
 
 
 def mix_int(x: int) -> int:
@@ -43,21 +48,29 @@ def mix_int(x: int) -> int:
     return z - (1 << 64) if z >> 63 else z
 
 
+def _ascending(x: Ints) -> bool:
+    """Whether each value is above the one before: the common case, in which nothing need be sorted."""
+    return bool((x[1:] > x[:-1]).all())
+
+
 def unique(x: Ints) -> Ints:
     """The distinct values, ascending; close together, as atoms are, they are marked and not sorted."""
-    if not x.size:
-        return x.ravel()
+    x = x.ravel()
+    if _ascending(x):
+        return x
     low, high = int(x.min()), int(x.max())
     if high - low <= _CLOSE * x.size:
         seen = np.zeros(high - low + 1, bool)
-        seen[x.ravel() - low] = True
-        return np.flatnonzero(seen) + low
-    x = np.sort(x, axis=None)
+        seen[x - low] = True
+        return seen.nonzero()[0] + low
+    x = np.sort(x)
     return x[np.r_[True, x[1:] != x[:-1]]]
 
 
 def ranks(x: Ints) -> tuple[Ints, Ints]:
     """The distinct values, ascending, and for every entry which of them it is."""
+    if x.ndim == 1 and _ascending(x):
+        return x, np.arange(len(x))
     if x.size and int(x.max()) - int(x.min()) <= _CLOSE * x.size:
         values = unique(x)
         rank = np.empty(int(values[-1] - values[0]) + 1, np.int64)
@@ -68,8 +81,8 @@ def ranks(x: Ints) -> tuple[Ints, Ints]:
 
 
 def distinct(x: Ints) -> bool:
-    """Whether no value occurs twice; ascending arrays, the common case, need no sorting."""
-    return bool((x[1:] > x[:-1]).all()) or len(unique(x)) == len(x)
+    """Whether no value occurs twice."""
+    return len(unique(x)) == len(x)
 
 
 def unique_pairs(x: Ints, y: Ints) -> tuple[Ints, Ints]:
@@ -93,7 +106,7 @@ class Atoms:
 
     def __init__(self) -> None:
         self.size = 0
-        self._root = np.zeros(1024, np.int64)
+        self._root = np.full(1024, -1)  # the last one stays so: -1, no neuron, is its own root
         self._origin = np.zeros(1024, np.int64)
         self._block = np.zeros(1024, np.int64)
         self._note = np.zeros(1024, np.int64)
@@ -107,12 +120,11 @@ class Atoms:
     def fresh(self, count: int, origin: int) -> Ints:
         """``count`` new atoms; ``origin`` names the axis (or block set) that they come from."""
         start, self.size = self.size, self.size + count
-        if self.size > len(self._root):
+        if self.size >= len(self._root):
             capacity = 2 * self.size
-            for name in ("_root", "_origin", "_block", "_note"):
-                old = getattr(self, name)
-                new = np.zeros(capacity, np.int64)
-                new[:start] = old[:start]
+            for name, empty in (("_root", -1), ("_origin", 0), ("_block", 0), ("_note", 0)):
+                new = np.full(capacity, empty)
+                new[:start] = getattr(self, name)[:start]
                 setattr(self, name, new)
             self._tied = np.concatenate([self._tied[:, :start], np.zeros((2, capacity - start), np.int64)], 1)
         ids = np.arange(start, self.size)
@@ -133,15 +145,12 @@ class Atoms:
     def find(self, ids: Ints) -> Ints:
         """The representative of each atom, which is the earliest atom united with it; -1 (no neuron) stays -1."""
         root = self._root
-        safe = np.maximum(ids, 0)
-        found = root[safe]
-        while True:
-            up = root[found]
-            if np.array_equal(up, found):
-                break
+        found = first = root[ids]
+        while not np.array_equal(up := root[found], found):
             found = up
-        root[safe.ravel()] = found.ravel()
-        return np.where(ids < 0, -1, found)
+        if found is not first:
+            root[ids] = found
+        return found
 
     def origin(self, ids: Ints) -> Ints:
         return self._origin[ids]

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from fxmerge.errors import FxMergeError, InputError, StructureError, told
-from fxmerge.running import as_call, call, preserved, to_device
+from fxmerge.running import as_call, call, forget, preserved, to_device
 
 Score = Callable[[Any, Any], Any]
 
@@ -237,6 +237,7 @@ def _evaluate(
     metric: Score | None,
 ) -> tuple[float, float | None]:
     """Mean loss and mean metric, every sample counting the same."""
+    forget(network)  # what it computed from another state
     samples, losses, metrics = 0, 0.0, 0.0
     score = metric
     for number, args, kwargs, target, size in _calls(batches, input_fn, device):

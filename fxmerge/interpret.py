@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,63 +23,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxmerge.atoms import Atoms
+from fxmerge.calls import Call, defaults, leaves, operation_name
 from fxmerge.ir import OUTPUT, Site, Traced
 from fxmerge.label import Label, combine, varying
 from fxmerge.labels import Context
 from fxmerge.rules import FOLLOWED, MOVEMENT, RULES
 from fxmerge.running import bind, evaluating
 from fxmerge.slots import find_slots
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One operator call on labels.
-
-    Attributes:
-        name: the operation, e.g. "add" or "torchvision::nms".
-        function: the operator itself; running it on label tensors is how movement rules work.
-        arguments: schema name -> value, defaults included; a Label for every tensor that carries neurons or data.
-        shapes: the shapes of the tensors it returned.
-        strides: of the first tensor given, where it is the first of its storage.
-    """
-
-    name: str
-    function: Any
-    arguments: Mapping[str, Any]
-    shapes: tuple[tuple[int, ...], ...]
-    strides: tuple[int, ...] | None = None
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.arguments.get(name, default)
-
-    def labels(self) -> list[Label]:
-        """All argument labels, in order."""
-        leaves = pytree.tree_leaves(list(self.arguments.values()), is_leaf=lambda x: isinstance(x, Label))
-        return [x for x in leaves if isinstance(x, Label)]
-
-    def tensors(self) -> list[Any]:
-        """All arguments that are labels or constant tensors, in order."""
-        leaves = pytree.tree_leaves(list(self.arguments.values()), is_leaf=lambda x: isinstance(x, Label))
-        return [x for x in leaves if isinstance(x, (Label, Tensor))]
-
-    def run(self, replaced: Mapping[str, Any]) -> Any:
-        """The operation itself, with some arguments replaced (by label tensors)."""
-        values = {**self.arguments, **replaced}
-        schema = self.function._schema.arguments
-        args = [values[a.name] for a in schema if not a.kwarg_only]
-        kwargs = {a.name: values[a.name] for a in schema if a.kwarg_only}
-        return self.function(*args, **kwargs)
-
-
-def operation_name(function: Any) -> str:
-    """ "add" for aten::add_.Tensor, "torchvision::roi_align" for operators of other namespaces."""
-    namespace, name = function._schema.name.split("::")
-    if function._schema.is_mutable and name.endswith("_") and not name.endswith("__"):
-        name = name[:-1]
-    return name if namespace == "aten" else f"{namespace}::{name}"
 
 
 def _key(t: Tensor) -> tuple[Any, ...]:
@@ -239,7 +189,7 @@ class Interpretation(Context):
 
     def apply(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """The rule of one operator call: reads the labels of its arguments, writes those of its results."""
-        flat = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        flat = [t for t in leaves((*args, *kwargs.values())) if isinstance(t, Tensor)]
         name = operation_name(function)
         rule = RULES.get(name)
         pending = name in _WEIGHTS  # label these weights by their use
@@ -247,19 +197,19 @@ class Interpretation(Context):
         known = [t for t in flat if t is not skip and self.label_of(t) is not None]
         if not known and (skip is None or _key(skip) not in self._names):
             return
-        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-        schema = function._schema.arguments
-        bound = {a.name: a.default_value if a.has_default_value() else None for a in schema}
-        bound.update(zip((a.name for a in schema), args, strict=False))
-        bound.update(kwargs)
+        outputs = [t for t in leaves((result,)) if isinstance(t, Tensor)]
+        given = defaults(function)
 
         def swap(x: Any) -> Any:
+            if isinstance(x, (list, tuple)):
+                return [swap(y) for y in x]
             if not isinstance(x, Tensor) or x is skip:
                 return x
             label = self.label_of(x)
             return x if label is None else label if name in FOLLOWED else self.settle(label)
 
-        arguments = {k: pytree.tree_map(swap, v) for k, v in bound.items()}
+        bound = {**given, **dict(zip(given, args, strict=False)), **kwargs}
+        arguments = {k: swap(v) for k, v in bound.items()}
         if skip is not None:
             arguments["weight"] = self.weight(skip, arguments["groups"])
         strides = flat[0].stride() if name == "as_strided" and not flat[0].storage_offset() else None
@@ -274,9 +224,7 @@ class Interpretation(Context):
             made = [self.unknown(t.shape) for t in outputs]
         made = [made] if isinstance(made, Label) else list(made)
         if name not in MOVEMENT:
-            said = combine(
-                [zlib.crc32(name.encode()), *(self._kind(x) for x in pytree.tree_leaves(list(arguments.values())))]
-            )
+            said = combine([zlib.crc32(name.encode()), *map(self._kind, leaves(arguments.values()))])
             made = [replace(label, kind=combine([said, k])) for k, label in enumerate(made)]
         before = args[0] if function._schema.is_mutable and args else None
         for t, label in zip(outputs, made, strict=False):

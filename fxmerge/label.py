@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,17 +49,18 @@ def narrow(t: Tensor) -> Tensor:
     """The same label with size 1 along every dimension in which it does not vary."""
     if not t.numel():  # nothing was found, no box was kept
         return t
-    for d in range(t.dim()):
-        if t.shape[d] > 1 and t.stride(d) == 0:
-            t = t.narrow(d, 0, 1)
-    axes = varying(t)
-    if len(axes) > 1:
-        for d in axes:
-            if bool((t == t.narrow(d, 0, 1)).all()):
-                t = t.narrow(d, 0, 1)
-    elif axes and bool((t == t.flatten()[0]).all()):
-        t = t.narrow(axes[0], 0, 1)
-    return t
+    held = t.numpy()
+    for d, (size, stride) in enumerate(zip(held.shape, held.strides, strict=True)):
+        if size > 1 and (stride == 0 or _constant(held, d)):
+            held = held[(slice(None),) * d + (slice(1),)]
+    return t if held.size == t.numel() else torch.from_numpy(held)
+
+
+def _constant(held: np.ndarray, d: int) -> bool:
+    first = held[(slice(None),) * d + (slice(1),)]
+    last = held[(slice(None),) * d + (slice(-1, None),)]
+    # the ends nearly always tell, and cost little
+    return bool(first.flat[0] == last.flat[0] and (held == first).all())
 
 
 def combine(parts: Iterable[int]) -> int:
@@ -70,7 +72,7 @@ def combine(parts: Iterable[int]) -> int:
 
 
 def overlap(x: Tensor, y: Tensor) -> bool:
-    return any(a > 1 and b > 1 for a, b in zip(x.shape, y.shape, strict=True))
+    return max(map(min, x.shape, y.shape), default=0) > 1
 
 
 def hashed(t: Tensor) -> Tensor:

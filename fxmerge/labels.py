@@ -201,7 +201,8 @@ class Context:
             return labels[0]
 
         def lift(t: Tensor) -> Tensor:
-            return t.reshape((1,) * (len(shape) - t.dim()) + tuple(t.shape))
+            missing = len(shape) - t.dim()
+            return t.reshape((1,) * missing + tuple(t.shape)) if missing else t
 
         neurons: list[Tensor] = []
         for label in labels:
@@ -271,6 +272,8 @@ class Context:
 
     def _relate(self, left: Tensor, right: Tensor) -> str:
         """Relates two label tensors and says which determines the other: "left", "right" or "both" (neither)."""
+        if left is right:
+            return "left"
         inner = range(left.dim() if self._summed is None else self._summed, left.dim())
         self.met.append((left, right, any(left.shape[d] > 1 and right.shape[d] > 1 for d in inner)))
         x, y = np.broadcast_arrays(self._roots(left), self._roots(right))
@@ -285,7 +288,7 @@ class Context:
         if finer != "same":
             return finer
         for side, t in enumerate((left, right)):
-            names = np.unique(t.numpy())
+            names = unique(t.numpy())
             self.atoms.note(names[names >= 0], 2 * len(self.met) + side)
         return small
 

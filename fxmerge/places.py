@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fxmerge.atoms import Ints
+from fxmerge.atoms import Ints, ranks, unique
 from fxmerge.interpret import Interpretation
 from fxmerge.ir import Site, Tap
 from fxmerge.sides import columns
@@ -21,12 +21,10 @@ def find_sites(
     cls, pos = number[root[raw]], place[root[raw]]
     # places of the same nature in all neurons stand in one column; columns by their first place
     # and then in the order of slots
-    _, shade = np.unique(slot_colour[raw], return_inverse=True)
-    _, nature = np.unique(
-        (cls * len(found.sites) + origin[raw]) * (shade.max(initial=0) + 1) + shade, return_inverse=True
-    )
-    first = np.full(nature.max(initial=-1) + 1, len(root))
-    np.minimum.at(first, nature, index)
+    _, shade = ranks(slot_colour[raw])
+    _, nature = ranks((cls * len(found.sites) + origin[raw]) * (shade.max(initial=0) + 1) + shade)
+    first = np.zeros(nature.max(initial=-1) + 1, np.int64)
+    first[nature[::-1]] = index[::-1]  # the last one written is the first along its axis
     order = np.lexsort((index, found.atoms.notes(raw), first[nature], pos, origin[raw], cls))
     sites: list[dict[Site, torch.Tensor]] = [{} for _ in range(count)]
     key = (cls * len(found.sites) + origin[raw])[order]
@@ -49,7 +47,7 @@ def find_taps(
         at = np.flatnonzero(ids >= 0)
         who = root[ids[at]]
         cls, pos = number[who], place[who]
-        for c in np.unique(cls[cls >= 0]):
+        for c in unique(cls[cls >= 0]):
             mine = np.flatnonzero(cls == c)
             mine = mine[np.argsort(pos[mine], kind="stable")]
             counts = np.bincount(pos[mine], minlength=sizes[c])

@@ -10,8 +10,8 @@ asserted in it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fxmerge.batch import Input, follow, repeated
 from fxmerge.errors import TraceError, few, told
 from fxmerge.recorder import Recorder
-from fxmerge.running import bind, call, difference, evaluating, fresh, plain
+from fxmerge.running import bind, call, difference, dropped, evaluating, fresh, plain
 from fxmerge.stored import stays_on_disk
 from fxmerge.symbolic import unread, user_line
 
@@ -54,11 +54,7 @@ def record(
 
 
 def _first(module: nn.Module, arguments: Arguments) -> tuple[Recorder, Run]:
-    """The recording, and how to make another.
-
-    Where parameters are not read, the network may have kept what it computed from them; being told to train, it
-    drops that.
-    """
+    """The recording, and how to make another: without what the network keeps, where that reads more parameters."""
     found: list[tuple[Recorder, Run]] = []
     missing: list[int] = []
     for dropping in (False,) if stays_on_disk(module) else (False, True):
@@ -83,7 +79,7 @@ def _recorded(
     """One run, in training mode from a seed; ``dropping`` what the network keeps of earlier ones."""
     recorder = Recorder(module)
     try:
-        with evaluating(module), _dropping(module) if dropping else nullcontext():
+        with evaluating(module), dropped(module) if dropping else nullcontext():
             for m in module.modules():
                 m.training = training
             if training:
@@ -94,18 +90,6 @@ def _recorded(
     except Exception as error:
         raise TraceError(f"stops{user_line(error)}: {told(error)}") from error
     return recorder
-
-
-@contextmanager
-def _dropping(module: nn.Module) -> Iterator[None]:
-    """Tells ``module`` to train, which some networks take for folding parameters: these come back."""
-    values = [p.detach().clone() for p in module.parameters()]
-    try:
-        module.train()
-        yield
-    finally:
-        for p, value in zip(module.parameters(), values, strict=True):
-            p.copy_(value)
 
 
 _DRAWS = 4  # runs in which every layer should have been used once

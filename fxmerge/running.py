@@ -69,6 +69,26 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
+def forget(module: nn.Module) -> None:
+    """Drops what a network keeps of earlier runs (biases of attention, unfolded), as it does when told to train."""
+    everything = _submodules((module,))
+    modes = [m.training for m in everything]
+    module.train()
+    _set_modes(everything, modes)
+
+
+@contextmanager
+def dropped(module: nn.Module) -> Iterator[None]:
+    """Without what ``module`` keeps of earlier runs. Some fold parameters when told to train: these come back."""
+    values = [p.detach().clone() for p in module.parameters()]
+    try:
+        forget(module)
+        yield
+    finally:
+        for p, value in zip(module.parameters(), values, strict=True):
+            p.detach().copy_(value)
+
+
 def call(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], state: Mapping[str, Tensor] | None = None
 ) -> Any:

@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import TraceError, few, told
-from fxmerge.running import bind_forward, evaluating
+from fxmerge.running import bind_forward, dropped, evaluating
+from fxmerge.stored import stays_on_disk
 
 # What a tracer takes for constant, from the graph that follows its tensors most closely to the most permissive.
 _ATTEMPTS: tuple[dict[str, bool], ...] = (
@@ -39,6 +40,21 @@ def symbolic(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The front end: the graph of ``module(*args, **kwargs)`` in eval mode, and notes for the report."""
+    graph_module, notes = _traced(module, args, kwargs)
+    missing = unread(graph_module, module)
+    if missing and not stays_on_disk(module):  # the network may have kept what it computed from these
+        with evaluating(module), dropped(module):
+            again, other = _traced(module, args, kwargs)
+        if len(left := unread(again, module)) < len(missing):
+            graph_module, notes, missing = again, other, left
+    if missing:
+        notes = (*notes, f"not read in eval mode, so not in the graph: {few(missing)}")
+    return graph_module, notes
+
+
+def _traced(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[fx.GraphModule, tuple[str, ...]]:
     for attempt in _ATTEMPTS:
         tracer = _Tracer(args, kwargs, **attempt)
         with evaluating(module):
@@ -53,8 +69,6 @@ def symbolic(
             # Inside, because constants met on the way are attributes of the module until it is restored.
             graph_module = fx.GraphModule(module, graph, type(module).__name__)
         arrange(graph_module, module)
-        if missing := unread(graph_module, module):
-            tracer.notes[f"not read in eval mode, so not in the graph: {few(missing)}"] = None
         return graph_module, tuple(tracer.notes)
     raise _untraceable(failure) from failure
 

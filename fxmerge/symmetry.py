@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.errors import VerifyError, told
 from fxmerge.ir import AxisClass, AxisClasses, Site
-from fxmerge.running import Doubled, Substituted, evaluating, fresh, full_state, to_device
+from fxmerge.running import Doubled, Substituted, evaluating, forget, fresh, full_state, to_device
 from fxmerge.stored import Made, Stored, read_when_asked
 
 Permutations = Sequence[Tensor]
@@ -104,6 +104,7 @@ def permute(module: nn.Module, classes: AxisClasses, seed: int = 0) -> nn.Module
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copies values into the module's parameters and buffers, non-persistent ones included where given."""
+    forget(module)
     with torch.no_grad():
         own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
         for name, value in state.items():

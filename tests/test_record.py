@@ -21,6 +21,7 @@ from fxmerge.batch import repeated
 from fxmerge.errors import TraceError
 from fxmerge.record import record
 from fxmerge.running import as_call, call, difference, evaluating, fresh, plain
+from fxmerge.symbolic import symbolic
 from fxmerge.trace import trace
 
 X = torch.rand(2, 6, generator=torch.Generator().manual_seed(0))
@@ -325,31 +326,51 @@ def test_dropout_is_told_from_what_it_is_given():
     assert len(node.users) == 1
 
 
-def test_what_was_kept_for_eval_mode_is_computed_again():
-    class Keeping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.bias, self.kept = nn.Linear(6, 6), nn.Parameter(torch.rand(3)), {}
+class Keeping(nn.Module):
+    """Keeps what it computes from a parameter in eval mode until it is told to train."""
 
-        def train(self, mode=True):
-            if mode:
-                self.kept = {}
-            return super().train(mode)
+    def __init__(self):
+        super().__init__()
+        self.layer, self.bias, self.kept = nn.Linear(6, 6), nn.Parameter(torch.rand(3)), {}
+        self.head = nn.Linear(6, 2)
 
-        def forward(self, x):
-            if not self.training and "bias" not in self.kept:
-                self.kept["bias"] = self.bias.repeat(2)
-            return self.layer(x) + (self.bias.repeat(2) if self.training else self.kept["bias"])
+    def train(self, mode=True):
+        if mode:
+            self.kept = {}
+        return super().train(mode)
 
-    for grad in (False, True):
-        module = Keeping().eval()
-        with torch.set_grad_enabled(grad):
-            module(X)
-        kept = module.kept["bias"]
-        graph_module, notes = record(module, (X,), {})
-        assert module.kept["bias"] is kept
-        assert "bias" in dict(graph_module.named_parameters())
-        assert notes == ()
+    def forward(self, x):
+        if not self.training and "bias" not in self.kept:
+            self.kept["bias"] = self.bias.repeat(2)
+        return self.head(self.layer(x) * (self.bias.repeat(2) if self.training else self.kept["bias"]))
+
+
+@pytest.mark.parametrize("front_end", [record, symbolic])
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_was_kept_for_eval_mode_is_computed_again(front_end, grad):
+    module = Keeping().eval()
+    with torch.set_grad_enabled(grad):
+        module(X)
+    kept = module.kept["bias"]
+    graph_module, notes = front_end(module, (X,), {})
+    assert module.kept["bias"] is kept
+    assert "bias" in dict(graph_module.named_parameters())
+    assert notes == ()
+
+
+@torch.no_grad()
+def test_copies_with_other_values_keep_nothing_of_the_old_ones():
+    module = Keeping().eval()
+    expected = module(X)
+    twin = fxmerge.permute(module, fxmerge.infer_classes(module, X), seed=1)
+    assert not torch.equal(twin.bias, module.bias)
+    torch.testing.assert_close(twin(X), expected)
+
+    other = Keeping().eval()
+    y = torch.randint(2, (2,))
+    one, two = (float(F.cross_entropy(network(X), y)) for network in (module, other))
+    barrier = fxmerge.evaluate_barrier(module, other, [(X, y)], points=2, progress=False)
+    assert barrier.losses == pytest.approx([one, two])
 
 
 # Errors -----------------------------------------------------------------------------------------------------------
