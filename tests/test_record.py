@@ -370,7 +370,7 @@ def test_copies_with_other_values_keep_nothing_of_the_old_ones():
     y = torch.randint(2, (2,))
     one, two = (float(F.cross_entropy(network(X), y)) for network in (module, other))
     barrier = fxmerge.evaluate_barrier(module, other, [(X, y)], points=2, progress=False)
-    assert barrier.losses == pytest.approx([one, two])
+    assert barrier.loss == pytest.approx([one, two])
 
 
 # Errors -----------------------------------------------------------------------------------------------------------
