@@ -181,12 +181,16 @@ class Context:
 
         why = next((label.why for label in labels if label.fixed and label.why != "position"), "position")
         learned = all(label.learned for label in labels)
+        neurons = paired("neurons")
         fixed = list(paired("fixed"))
+        if any(len(varying(t)) > 1 for t in neurons):  # the same neurons may stand in all parts under several names
+            fixed = self._turns(fixed, neurons)
+            neurons = self._merged(neurons)
         kinds = [label.kind for label in labels]
         if len(set(kinds)) > 1:
             fills = [torch.full((1,) * x.ndim, x.kind).expand(x.shape) for x in labels]
             fixed = self._tell_apart(fixed, narrow(function(fills)))
-        return Label(tuple(shape), paired("neurons"), tuple(fixed), combine(kinds), learned, why)
+        return Label(tuple(shape), neurons, tuple(fixed), combine(kinds), learned, why)
 
     # -- meeting -------------------------------------------------------------------------------------------------
 
@@ -209,13 +213,14 @@ class Context:
             for k, t in enumerate(map(lift, label.neurons)):
                 neurons = self._meet(neurons, t, k)
         fixed = self._turns([], [*neurons, *(lift(t) for label in labels for t in label.neurons)])
-        neurons = [t if len(varying(t)) < 2 else narrow(torch.from_numpy(self._roots(t))) for t in neurons]
         for label in labels:
             for t in map(lift, label.fixed):
                 fixed = self._tell_apart(fixed, t)
         why = next((x.why for x in labels if x.fixed and x.why != "position"), "position")
         neurons = [
-            t for t in neurons if not any(overlap(t, p) and self._given(t, p, self._reason(labels, t)) for p in fixed)
+            t
+            for t in self._merged(neurons)
+            if not any(overlap(t, p) and self._given(t, p, self._reason(labels, t)) for p in fixed)
         ]
         return Label(shape, tuple(neurons), tuple(fixed), combine(x.kind for x in labels), learned, why)
 
@@ -233,6 +238,10 @@ class Context:
             if (marks := turns(self.atoms, t)) is not None:
                 known = self._tell_apart(known, marks)
         return known
+
+    def _merged(self, neurons: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        """Under one name each, so that what stands in several places needs no room in all of them."""
+        return tuple(t if len(varying(t)) < 2 else narrow(torch.from_numpy(self._roots(t))) for t in neurons)
 
     def _meet(self, known: list[Tensor], new: Tensor, number: int = 0) -> list[Tensor]:
         """``known`` with ``new`` related to each of its members, and what another member implies left out.
@@ -323,14 +332,22 @@ class Context:
         return "both"
 
     def _tell_apart(self, known: list[Tensor], new: Tensor) -> list[Tensor]:
-        """Adds a fixed identity; those that share a dimension are combined into their pair."""
+        """Adds a fixed identity; those that share a dimension are combined into their pair.
+
+        Not before a sum over what they share, where each says enough by itself: pairs would vary in all dimensions.
+        """
         kept = []
         for t in known:
-            if not overlap(t, new):
+            if not overlap(t, new) or self._share_sums(t, new):
                 kept.append(t)
             elif t is not new and not torch.equal(t, new):
                 new = narrow(hashed(hashed(t) * 3 + new))
         return [*kept, new] if varying(new) else kept
+
+    def _share_sums(self, x: Tensor, y: Tensor) -> bool:
+        """Whether two tensors share what is to be summed over, and each varies where the other does not."""
+        one, two = set(varying(x)), set(varying(y))
+        return self._summed is not None and max(one & two) >= self._summed and not (one <= two or two <= one)
 
     def _given(self, t: Tensor, fixed: Tensor, why: str) -> bool:
         """Whether a fixed identity alone determines the neuron; then the neuron cannot move, and is marked so."""
@@ -391,7 +408,9 @@ class Context:
             elif varying(block):
                 neurons = self._meet(neurons, block)
         for p in label.fixed:
-            fixed = self._tell_apart(fixed, self._fold(p, gone))
+            # where entries are told by several identities, each says which of the others it goes with
+            ordered = [d for d in gone if any(q is not p and q.shape[d] > 1 for q in label.fixed)]
+            fixed = self._tell_apart(fixed, self._fold(p, [d for d in gone if d not in ordered], ordered))
         shape = tuple(1 if d in dims else s for d, s in enumerate(label.shape))
         out = replace(label, shape=shape, neurons=tuple(neurons), fixed=tuple(fixed))
         return out if keepdim else self.squeeze(out, dims)
