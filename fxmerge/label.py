@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxmerge.atoms import mix, mix_int
+from fxmerge.atoms import mix, mix_int, ranks, unique
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,33 @@ def _constant(held: np.ndarray, d: int) -> bool:
     last = held[(slice(None),) * d + (slice(-1, None),)]
     # the ends nearly always tell, and cost little
     return bool(first.flat[0] == last.flat[0] and (held == first).all())
+
+
+def in_boxes(names: np.ndarray) -> bool:
+    """Whether each name stands in a box: at a set of indices along every dimension, with no other name between them.
+
+    Places where no name stands (-1, as in windows that reach beyond an edge) may be anywhere.
+    """
+    names = names[tuple(slice(None) if size > 1 else 0 for size in names.shape)]
+    values, rank = ranks(names.ravel())
+    if len(values) == names.size:
+        return True
+    boxes = np.ones(len(values), np.int64)
+    for d, size in enumerate(names.shape):
+        index = np.arange(size).reshape([-1 if k == d else 1 for k in range(names.ndim)])
+        along = unique(rank.reshape(names.shape) * size + index)
+        boxes *= np.bincount(along // size, minlength=len(values))
+    counts = np.bincount(rank, minlength=len(values))
+    filled = (boxes == counts)[values >= 0].all()
+    if filled or values[0] >= 0:
+        return bool(filled)
+    places = np.split(np.argsort(rank, kind="stable"), np.cumsum(counts)[:-1])
+    for name, at in zip(values.tolist(), places, strict=True):
+        if name >= 0:
+            box = names[np.ix_(*map(unique, np.unravel_index(at, names.shape)))]
+            if ((box != name) & (box >= 0)).any():
+                return False
+    return True
 
 
 def combine(parts: Iterable[int]) -> int:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fxmerge.atoms import Atoms, Ints, distinct, mix, mix_int, ranks, unique, unique_pairs
 from fxmerge.ir import Site
-from fxmerge.label import Label, Order, combine, hashed, narrow, overlap, varying
+from fxmerge.label import Label, Order, combine, hashed, in_boxes, narrow, overlap, varying
 from fxmerge.slots import turns
 
 
@@ -217,12 +217,11 @@ class Context:
             for t in map(lift, label.fixed):
                 fixed = self._tell_apart(fixed, t)
         why = next((x.why for x in labels if x.fixed and x.why != "position"), "position")
-        neurons = [
-            t
-            for t in self._merged(neurons)
-            if not any(overlap(t, p) and self._given(t, p, self._reason(labels, t)) for p in fixed)
+        merged, fixed = self._boxed(self._merged(neurons), fixed)
+        free = [
+            t for t in merged if not any(overlap(t, p) and self._given(t, p, self._reason(labels, t)) for p in fixed)
         ]
-        return Label(shape, tuple(neurons), tuple(fixed), combine(x.kind for x in labels), learned, why)
+        return Label(shape, tuple(free), tuple(fixed), combine(x.kind for x in labels), learned, why)
 
     @staticmethod
     def _reason(labels: Sequence[Label], t: Tensor) -> str:
@@ -242,6 +241,22 @@ class Context:
     def _merged(self, neurons: Iterable[Tensor]) -> tuple[Tensor, ...]:
         """Under one name each, so that what stands in several places needs no room in all of them."""
         return tuple(t if len(varying(t)) < 2 else narrow(torch.from_numpy(self._roots(t))) for t in neurons)
+
+    def _boxed(self, neurons: Sequence[Tensor], fixed: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Neurons that stand in a pattern stay in place where the pattern matters; then they are fixed identities.
+
+        What stands at (i, j) for all i of a set and all j of another is known by what it meets along either dimension.
+        A table read at (i - j) mod n meets everything along both, and still may not be permuted.
+        """
+        kept = []
+        for k, t in enumerate(neurons):
+            others = (*neurons[:k], *neurons[k + 1 :], *fixed)
+            if len(varying(t)) > 1 and any(overlap(t, u) for u in others) and not in_boxes(t.numpy()):
+                self.atoms.pin(t.numpy().ravel(), f"stands in a pattern at {self.place}")
+                fixed = self._tell_apart(fixed, hashed(t))
+            else:
+                kept.append(t)
+        return kept, fixed
 
     def _meet(self, known: list[Tensor], new: Tensor, number: int = 0) -> list[Tensor]:
         """``known`` with ``new`` related to each of its members, and what another member implies left out.
@@ -389,7 +404,10 @@ class Context:
         """A symmetric reduction (sum, mean, max, ..) over ``dims``: what is reduced over must permute as one set."""
         dims = tuple(sorted({d % label.ndim for d in dims}))
         gone = [d for d in dims if label.shape[d] > 1]
-        label = replace(label, fixed=tuple(self._turns(list(label.fixed), label.neurons)))
+        kept, told = self._boxed(label.neurons, self._turns(list(label.fixed), label.neurons))
+        label = replace(label, neurons=tuple(kept), fixed=tuple(told))
+        # where more than one thing is told of entries, it matters which goes with which
+        ordered = [d for d in gone if sum(t.shape[d] > 1 for t in (*label.neurons, *label.fixed)) > 1]
         neurons: list[Tensor] = []
         fixed: list[Tensor] = []
         for k, t in enumerate(label.neurons):
@@ -399,17 +417,13 @@ class Context:
             for other in label.neurons[:k]:
                 if overlap(t, other):
                     self._relate(t, other)
-            for p in label.fixed:
-                if overlap(t, p):
-                    self._tell_by(t, p, gone, label.why)
+            self._tell_by(t, label, [d for d in gone if d not in ordered])
             block, stuck = self._fold_neurons(t, gone)
             if stuck:
                 fixed = self._tell_apart(fixed, block)
             elif varying(block):
                 neurons = self._meet(neurons, block)
         for p in label.fixed:
-            # where entries are told by several identities, each says which of the others it goes with
-            ordered = [d for d in gone if any(q is not p and q.shape[d] > 1 for q in label.fixed)]
             fixed = self._tell_apart(fixed, self._fold(p, [d for d in gone if d not in ordered], ordered))
         shape = tuple(1 if d in dims else s for d, s in enumerate(label.shape))
         out = replace(label, shape=shape, neurons=tuple(neurons), fixed=tuple(fixed))
@@ -439,15 +453,23 @@ class Context:
             p = hashed((hashed(p) * hashed(index)).sum(d, keepdim=True))
         return narrow(p)
 
-    def _tell_by(self, t: Tensor, p: Tensor, gone: Sequence[int], why: str) -> None:
-        """Before ``t`` is reduced away: neurons met at other fixed places are not alike."""
-        others = [d for d in varying(p) if t.shape[d] == 1]
-        p = self._fold(p, [d for d in others if d in gone], [d for d in others if d not in gone])
-        if overlap(t, p):
+    def _tell_by(self, t: Tensor, label: Label, summed: Sequence[int]) -> None:
+        """Before neurons of a label are reduced away: those met at other fixed places are not alike.
+
+        Args:
+            summed: dimensions of which only the multiset counts.
+        """
+        told: list[Tensor] = []
+        for p in label.fixed:
+            if overlap(t, p):
+                others = [d for d in varying(p) if t.shape[d] == 1]
+                beside = self._fold(p, [d for d in others if d in summed], [d for d in others if d not in summed])
+                told = self._tell_apart(told, beside)
+        for p in told:
             x, marks = unique_pairs(self._roots(t), p.numpy())
             x, marks = x[x >= 0], marks[x >= 0]
             if x.size:
-                self._mark(x, mix(marks), f"{why} ({self.place})")
+                self._mark(x, mix(marks), f"{label.why} ({self.place})")
 
     def _fold_neurons(self, t: Tensor, gone: Sequence[int]) -> tuple[Tensor, bool]:
         """What remains of neurons after a reduction: the blocks that were reduced over (none where it was one set).

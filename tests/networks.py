@@ -1349,6 +1349,43 @@ class DynamicConvolution(nn.Module):
         return self.head((values.transpose(1, 2).reshape(-1, 4, 3) @ kernel).reshape(2, 6, 8)).mean(1)
 
 
+class Circulant(nn.Module):
+    """A table of six that is read at (i - j) mod 6: every entry meets all rows and all columns, each in its turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mixed, self.head = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+        self.table = nn.Parameter(torch.randn(6))
+        self.register_buffer("index", (torch.arange(6)[:, None] - torch.arange(6)) % 6)
+
+
+@network(f(8) * f(6), TOKENS)  # tokens mixed by the table
+class CirculantTokens(Circulant):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mixed(self.table[self.index] @ torch.tanh(self.stem(x)))))
+
+
+@network(f(8) * f(6), TOKENS)  # a relative bias without an end
+class CirculantAttention(Circulant):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        return self.head(torch.tanh(self.mixed((x @ x.mT + self.table[self.index]).softmax(-1) @ x)))
+
+
+@network(f(8) * 72, TOKENS, exact=False)  # neurons mixed by the table: they may only turn together
+class CirculantNeurons(Circulant):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(torch.tanh(self.mixed(torch.tanh(self.stem(x)))) @ self.table[self.index]))
+
+
+@network(f(8) * 192, TOKENS, exact=False)  # what meets the table along both dimensions and is summed at once
+class CirculantGate(Circulant):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.mixed(torch.tanh(self.stem(x)))).mean(1)
+        gate = torch.tanh(x[:, :, None] * self.table[self.index] * self.head.bias.repeat(2)[None, None]).sum((1, 2))
+        return self.head(x) * gate[:, None]
+
+
 @network(f(8), TOKENS)  # pooled along tokens alone
 class PooledTokens(nn.Module):
     def __init__(self) -> None:
