@@ -9,8 +9,9 @@ asserted in it.
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.batch import Input, follow, repeated
+from fxmerge.batch import follow, repeated
 from fxmerge.errors import TraceError, few, told
 from fxmerge.recorder import Recorder
 from fxmerge.running import bind, call, difference, dropped, evaluating, fresh, plain
@@ -47,7 +48,6 @@ def record(
     graph_module, why = _follow_batch(first, run, module, (args, kwargs), trained)
     if why is not None:
         notes.append(f"the batch size is fixed in the graph: {why}")
-    _assert_shapes(graph_module, first.inputs, fixed=why is not None)
     if missing := unread(graph_module, module):
         notes.append(f"not read in eval mode, so not in the graph: {few(missing)}")
     return graph_module, tuple(notes)
@@ -65,7 +65,7 @@ def _first(module: nn.Module, arguments: Arguments) -> tuple[Recorder, Run]:
             failure = error
             continue
         found.append((recorder, run))
-        missing.append(len(unread(recorder.built(module), module)))
+        missing.append(recorder.unread())
         if not missing[-1]:
             break
     if not found:
@@ -130,25 +130,37 @@ def _follow_batch(
     recorder: Recorder, run: Run, module: nn.Module, arguments: Arguments, trained: Mapping[tuple[str, str, int], Any]
 ) -> tuple[fx.GraphModule, str | None]:
     """The graph for any batch size where a run on twice the batch tells how; else the graph as it is, and why."""
-    fixed = recorder.built(module)
+    as_it_is = copy.deepcopy(recorder.graph)
+    why = _followed(recorder, run, arguments, trained)
+    if why is None:
+        _assert_shapes(recorder, fixed=False)
+        graph_module = recorder.built(module)
+        why = _unlike(graph_module, module, arguments)
+    if why is not None:
+        recorder.graph = as_it_is
+        _assert_shapes(recorder, fixed=True)
+        graph_module = recorder.built(module)
+    return graph_module, why
+
+
+def _followed(
+    recorder: Recorder, run: Run, arguments: Arguments, trained: Mapping[tuple[str, str, int], Any]
+) -> str | None:
+    """Makes numbers of the graph follow the batch size; why they cannot, where they cannot."""
     twice = repeated(arguments, 2)
     if twice is None:
-        return fixed, "the inputs have no batch axis in common"
+        return "the inputs have no batch axis in common"
     try:
         other = run(twice)
     except TraceError as error:
-        return fixed, f"on twice the batch, recording {error}"
+        return f"on twice the batch, recording {error}"
     _follow_mode(other, trained)
     if recorder.constants.keys() == other.constants.keys() and difference(recorder.constants, other.constants):
         raise TraceError(
             "meets a tensor that follows the inputs and that no torch function made (but NumPy, a scripted function, "
             "another library)"
         )
-    if (why := follow(recorder.graph, other.graph, recorder.inputs[0])) is not None:
-        return fixed, why
-    graph_module = recorder.built(module)
-    why = _unlike(graph_module, module, arguments)
-    return (graph_module, None) if why is None else (fixed, why)
+    return follow(recorder.graph, other.graph, recorder.inputs[0])
 
 
 def _unlike(graph_module: fx.GraphModule, module: nn.Module, arguments: Arguments) -> str | None:
@@ -177,12 +189,12 @@ def _unlike(graph_module: fx.GraphModule, module: nn.Module, arguments: Argument
     return None if why is None else f"on a batch of {count}, {why}"
 
 
-def _assert_shapes(graph_module: fx.GraphModule, inputs: Sequence[Input], fixed: bool) -> None:
+def _assert_shapes(recorder: Recorder, fixed: bool) -> None:
     """Refuses inputs of other shapes than those recorded, from axis 1 on or, where that is fixed too, from axis 0."""
-    graph = graph_module.graph
+    graph = recorder.graph
     nodes = {node.name: node for node in graph.find_nodes(op="placeholder")}
     with graph.inserting_before(list(nodes.values())[-1].next):
-        for given in inputs:
+        for given in recorder.inputs:
             node = nodes[given.node.name]
             for key in given.path:
                 node = graph.call_function(operator.getitem, (node, key))
@@ -194,4 +206,3 @@ def _assert_shapes(graph_module: fx.GraphModule, inputs: Sequence[Input], fixed:
             same = graph.call_function(operator.eq, (shape, wanted))
             message = f"{given.node.target} must be of shape {said}, as when the network was recorded"
             graph.call_function(torch._assert, (same, message))
-    graph_module.recompile()

@@ -6,7 +6,6 @@ Python around it does. Python itself is not seen: its branches and numbers are w
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -68,6 +67,9 @@ def _training_place(function: Any) -> int | None:
     except (TypeError, ValueError):  # built in
         return None
     return names.index("training") if "training" in names else None
+
+
+_TRACER = fx.Tracer()
 
 
 class _Opaque(Exception):
@@ -133,13 +135,21 @@ class Recorder(TorchFunctionMode):
         self._sweep()
 
     def built(self, module: nn.Module) -> fx.GraphModule:
-        """A graph module that shares the tensors of ``module``."""
+        """The graph as a module that shares the tensors of ``module``."""
         with preserved(module):
             for name, value in self.constants.items():
                 setattr(module, name, value)
-            graph_module = fx.GraphModule(module, copy.deepcopy(self.graph), type(module).__name__)
+            graph_module = fx.GraphModule(module, self.graph, type(module).__name__)
         arrange(graph_module, module)
         return graph_module
+
+    def unread(self) -> int:
+        """How many parameters of the module the graph does not use."""
+        targets = {op: {node.target for node in self.graph.find_nodes(op=op)} for op in ("get_attr", "call_module")}
+        inside = {id(p) for path in targets["call_module"] for p in self.root.get_submodule(path).parameters()}
+        return sum(
+            id(p) not in inside and self._names[id(p)] not in targets["get_attr"] for p in self.root.parameters()
+        )
 
     # -- inputs, and where tensors come from ---------------------------------------------------------------------
 
@@ -360,4 +370,4 @@ def _is_leaf(module: nn.Module, given: tuple[Any, ...]) -> bool:
     """What symbolic tracing takes whole, and of torchvision's layers those without parts, from tensors to tensors."""
     if type(module).__module__.startswith("torchvision.ops."):
         return not module._modules and all(isinstance(value, Tensor) for value in given)
-    return fx.Tracer().is_leaf_module(module, "")
+    return _TRACER.is_leaf_module(module, "")

@@ -14,6 +14,7 @@ import operator
 import os
 import traceback
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -196,13 +197,20 @@ class _Tracer(fx.Tracer):
 
 def _is_assert(filename: str, line: int) -> bool:
     """Whether ``line`` is inside the test of an assert that truth of all its parts fulfils."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(filename)))
-    except SyntaxError:  # a notebook cell with magics, for example
-        return False
-    tests = [n.test for n in ast.walk(tree) if isinstance(n, ast.Assert)]
-    inside = [t for t in tests if t.lineno <= line <= (t.end_lineno or t.lineno)]
+    inside = [
+        t for t in _asserted(tuple(linecache.getlines(filename))) if t.lineno <= line <= (t.end_lineno or t.lineno)
+    ]
     return any(not any(isinstance(part, ast.Not) for part in ast.walk(t)) for t in inside)
+
+
+@lru_cache(maxsize=8)
+def _asserted(source: tuple[str, ...]) -> list[ast.expr]:
+    """The tests of all asserts in a file."""
+    try:
+        tree = ast.parse("".join(source))
+    except SyntaxError:  # a notebook cell with magics, for example
+        return []
+    return [n.test for n in ast.walk(tree) if isinstance(n, ast.Assert)]
 
 
 # What fx or Python says -> what the user's code does.
