@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Affinity:
     Attributes:
         raw: mean <x_i, x_j> over samples (or weights).
         centred: the same after subtracting each neuron's mean: covariances.
-        correlation: in [-1, 1].
+        alike: correlations, in [-1, 1]; None for those of ``centred``.
         widths: (n_a, n_b, ..).
         count: number of samples behind it; 0 for weights.
         sides: ``centred`` of the places that are not turned, and of those that are; None where that is not known.
@@ -35,11 +36,17 @@ class Affinity:
 
     raw: Tensor
     centred: Tensor
-    correlation: Tensor
+    alike: Tensor | None
     widths: tuple[int, ...]
     count: int
     sides: tuple[Tensor, Tensor] | None = None
     rigid: bool = False
+
+    @cached_property
+    def correlation(self) -> Tensor:
+        """In [-1, 1]."""
+        size = self.centred.diagonal()
+        return correlation(self.centred, size, size) if self.alike is None else self.alike
 
     @property
     def score(self) -> Tensor:
@@ -57,7 +64,8 @@ class Affinity:
     def at(self, members: Sequence[Tensor]) -> Affinity:
         """Of some neurons only: per parent, which."""
         i = torch.cat([m + s for m, s in zip(members, self.starts, strict=True)]).to(self.raw.device)
-        raw, centred, alike = (x[i][:, i] for x in (self.raw, self.centred, self.correlation))
+        raw, centred = (x[i][:, i] for x in (self.raw, self.centred))
+        alike = None if self.alike is None else self.alike[i][:, i]
         sides = None if self.sides is None else (self.sides[0][i][:, i], self.sides[1][i][:, i])
         return Affinity(raw, centred, alike, tuple(len(m) for m in members), self.count, sides, self.rigid)
 
@@ -70,7 +78,7 @@ class Affinity:
 
         alike = (self.correlation + other.correlation.to(self.correlation)) / 2
         centred, raw = mean(self.centred, other.centred), mean(self.raw, other.raw)
-        return replace(self, raw=raw, centred=centred, correlation=alike, count=max(self.count, other.count))
+        return replace(self, raw=raw, centred=centred, alike=alike, count=max(self.count, other.count))
 
     def of(self, parents: Sequence[int]) -> Affinity:
         """Of some parents only."""
@@ -120,8 +128,24 @@ def from_weights(
 
     Only tensors whose other axes are ``settled`` are compared, and none that is ``silent``; None where there is none.
     """
-    maps = Maps(settled)
     chosen = list(range(len(parents))) if who is None else list(who)
+    found = _gram(parents, touched, states, k, settled, silent, chosen)
+    if found is None:
+        return None
+    return Affinity(found, found, None, tuple(parents[p][k].size for p in chosen), 0)
+
+
+def _gram(
+    parents: Sequence[AxisClasses],
+    touched: Sequence[Mapping[str, Sequence[Entry]]],
+    states: Sequence[Mapping[str, Tensor]],
+    k: int,
+    settled: Mapping[int, Coupling],
+    silent: frozenset[str],
+    chosen: Sequence[int],
+) -> Tensor | None:
+    """[N, N] in float64."""
+    maps = Maps(settled)
     trained = {n for n, _ in parents[0].traced.source.named_parameters(remove_duplicate=False)}
     found: Tensor | None = None
     for name in sorted({s.parameter for s in parents[0][k].sites}):
@@ -149,12 +173,8 @@ def from_weights(
             features.append(_places(value, mine[0].axis, index).movedim(mine[0].axis, 0).reshape(len(index), -1))
         if len({f.shape[1] for f in features}) == 1:
             x = torch.cat(features)
-            found = x @ x.T if found is None else found + x @ x.T
-    if found is None:
-        return None
-    size = found.diagonal()
-    widths = tuple(parents[p][k].size for p in chosen)
-    return Affinity(found, found, correlation(found, size, size), widths, 0)
+            found = x @ x.T if found is None else found.addmm_(x, x.T)
+    return found
 
 
 def _places(value: Tensor, axis: int, index: Tensor) -> Tensor:

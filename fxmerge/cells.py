@@ -13,18 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fxmerge.affinity import Affinity, from_moments, from_weights
-from fxmerge.coupling import Permuted, among, side_by_side, turned
+from fxmerge.coupling import Maps, Permuted, among, side_by_side, turned
 from fxmerge.interfaces import Problem
 from fxmerge.ir import Alignment, AxisClass, AxisClasses, Coupling
-from fxmerge.linalg import assignment
+from fxmerge.linalg import assignment, row_by_row
 from fxmerge.matching import families, match_family
 from fxmerge.ranks import spread
+
+T = TypeVar("T")
 
 Solve = Callable[[Affinity, Sequence[float], int], Coupling]
 """The neurons of one cell over all parents, the parents' shares, and how many fused neurons there shall be."""
@@ -43,7 +46,8 @@ def class_by_class(
     sweeps: int = 1,
     widths: Mapping[int, int] | None = None,
     worth: Worth | None = None,
-) -> tuple[Alignment, dict[int, Affinity]]:
+    each: Callable[[Affinity, Coupling], T] | None = None,
+) -> tuple[Alignment, dict[int, T]]:
     """Couples every class, in the order of the network, each on what is already matched.
 
     Args:
@@ -55,9 +59,11 @@ def class_by_class(
         widths: class -> number of fused neurons, where it is not that of the first parent's.
         sweeps: rounds over the classes; after the first one, weights are compared given all other classes.
         worth: by what blocks are matched with blocks; by default the best assignment of their members.
+        each: what to return of every class that all parents have neurons of: of what it was made from, which is not
+            kept (with weights, these matrices are larger than the networks), and of its coupling.
 
     Returns:
-        The alignment, and per class what it was made from.
+        The alignment, and what ``each`` gave, by class.
     """
     first = problem.classes[0]
     touched = [p.by_tensor() for p in problem.classes]
@@ -67,7 +73,9 @@ def class_by_class(
     lonely = {k for k, who in present.items() if len(who) < len(problem.classes)}
     heard = {k: _faced(first[k], from_moments(m)) for k, m in shown.items()}
     heard = {k: a.of(present[k]) if k in lonely else a for k, a in heard.items()}
-    seen: dict[int, Affinity] = dict(heard)
+    quality: dict[int, float] = {}
+    given: dict[int, T] = {}
+    weighed: set[int] = set()
     settled = {k: _kept(problem, k) for k, c in enumerate(first) if not c.free}
     hidden = {k for family in groups for k in family if first[k].sites and (k not in shown or by == "both")}
     rounds = sweeps if hidden else 1
@@ -77,22 +85,28 @@ def class_by_class(
     solved = spread(lambda f: _of_present(problem, f, heard, solve, widths, worth), open_, lambda f: _cost(first, f))
     ready = dict(zip(open_, solved, strict=True))
     with tqdm(total=rounds * len(groups), desc=method, disable=not problem.progress, leave=False) as bar:
-        for _ in range(rounds):
+        for number in range(rounds):
             waiting = list(groups)
             while waiting:
                 stuck = []
                 for family in waiting:
+                    seen = {k: heard[k] for k in family if k in heard}
                     for k in hidden & set(family):
                         silent = problem.silent(present[k])
                         found = from_weights(problem.classes, touched, problem.states, k, settled, silent, present[k])
                         if found is not None:
                             seen[k] = heard[k].joined(found) if k in heard else _faced(first[k], found)
-                    if len(present[family[0]]) == 1 or any(k in seen for k in family):
-                        known = ready.get(family)
-                        settled |= known or _of_present(problem, family, seen, solve, widths, worth)
-                        bar.update()
-                    else:
+                            weighed.add(k)
+                    if len(present[family[0]]) > 1 and not seen:
                         stuck.append(family)
+                        continue
+                    settled |= ready.get(family) or _of_present(problem, family, seen, solve, widths, worth)
+                    bar.update()
+                    for k in seen if number == rounds - 1 else ():
+                        if k not in lonely:
+                            quality[k] = _quality(seen[k], settled[k])
+                            if each is not None:
+                                given[k] = each(seen[k], settled[k])
                 if len(stuck) == len(waiting):
                     break
                 waiting = stuck
@@ -100,12 +114,10 @@ def class_by_class(
         if not settled.keys() & set(family):
             settled |= _of_present(problem, family, {}, solve, {}, worth)
     settled |= {k: _kept(problem, k) for k in range(len(first)) if k not in settled}
-    shared = {k: a for k, a in seen.items() if k not in lonely}
-    quality = {k: _quality(a, settled[k]) for k, a in shared.items() if k in settled}
-    names = ", ".join(first[k].name for k in sorted((hidden & set(seen)) - set(heard)))
+    names = ", ".join(first[k].name for k in sorted(weighed - set(heard)))
     notes = (f"matched on weights, since no activation shows them: {names}",) if names and shown else ()
     couplings = tuple(turned(settled[k], problem.shares[k]) if c.turned else settled[k] for k, c in enumerate(first))
-    return Alignment(couplings, method, quality, notes), shared
+    return Alignment(couplings, method, quality, notes), given
 
 
 def _cost(classes: AxisClasses, family: Sequence[int]) -> float:
@@ -221,17 +233,23 @@ def _celled(
     """The coupling of a class in blocks, cell by cell; cells keep their number of neurons."""
     c = classes[k]
     _, cell = torch.unique(c.blocks, dim=0, return_inverse=True)
-    merge, unmerge = (
-        torch.zeros(c.size, sum(affinity.widths)).double(),
-        torch.zeros(sum(affinity.widths), c.size).double(),
-    )
+    parts: list[tuple[Tensor, list[Tensor], Coupling]] = []
     for number in range(int(cell.max()) + 1):
         rows = (cell == number).nonzero()[:, 0]
         members = [p[k][rows].sort().values for p in placed]
         if len(rows) == 1:  # nothing to choose: not a sign, nor a scale
-            part: Coupling = Permuted([torch.zeros(1, dtype=torch.int64)] * len(placed), shares)
+            parts.append((rows, members, Permuted([torch.zeros(1, dtype=torch.int64)] * len(placed), shares)))
         else:
-            part = solve(affinity.at(members), shares, len(rows))
+            parts.append((rows, members, solve(affinity.at(members), shares, len(rows))))
+    if all(isinstance(part, Permuted) for _, _, part in parts):
+        found = [torch.empty_like(p[k]) for p in placed]
+        for rows, members, part in parts:
+            for whole, m, p in zip(found, members, part.permutations, strict=True):  # type: ignore[attr-defined]
+                whole[rows] = m[p]
+        return Permuted(found, shares)
+    merge = torch.zeros(c.size, sum(affinity.widths), dtype=torch.float64)
+    unmerge = merge.T.clone()
+    for rows, members, part in parts:
         columns = torch.cat([m + s for m, s in zip(members, affinity.starts, strict=True)])
         merge[rows[:, None], columns[None, :]] = part.merge.cpu()
         unmerge[columns[:, None], rows[None, :]] = part.unmerge.cpu()
@@ -240,13 +258,15 @@ def _celled(
 
 def _quality(affinity: Affinity, coupling: Coupling) -> float:
     """Mean correlation between a fused neuron's part in the first parent and its parts in the others."""
-    merge = coupling.merge.to(affinity.centred)
-    parts = merge.split(coupling.widths, 1)
-    a = affinity.centred.split(affinity.widths)
+    maps = Maps([coupling])
+    parts = [maps(0, p, True) for p in range(len(coupling.widths))]
+
+    def inner(p: int, q: int) -> Tensor:
+        return row_by_row(parts[p], affinity.between(affinity.centred, p, q), parts[q])
+
     total, count = 0.0, 0
     for b in range(1, len(parts)):
-        cross = (parts[0] @ a[0].split(affinity.widths, 1)[b] * parts[b]).sum(1)
-        own = [(parts[p] @ a[p].split(affinity.widths, 1)[p] * parts[p]).sum(1) for p in (0, b)]
+        cross, own = inner(0, b), (inner(0, 0), inner(b, b))
         both = (own[0] > 0) & (own[1] > 0)
         if bool(both.any()):
             total += float((cross[both] / (own[0][both] * own[1][both]).sqrt()).mean())

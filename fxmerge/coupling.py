@@ -124,22 +124,20 @@ def fuse(
 
     def make(name: str) -> Tensor:
         name = canonical.get(name, name)
-        values = [s[name] for s in states]
-        first, target = values[0], targets.get(name)
+        target = targets.get(name)
         without = {k for k, names in enumerate(idle) if name in names}
-        without = without if len(without) < len(values) else set()
+        without = without if len(without) < len(states) else set()
+        present = [k for k in range(len(states)) if k not in without]
         if target is None:
-            return _mean([(w, v) for k, (w, v) in enumerate(zip(weights, values, strict=True)) if k not in without])
+            return _mean([(weights[k], states[k][name]) for k in present])
         total: Tensor | None = None
-        for k, value in enumerate(values):
-            if k in without:
-                continue
-            part = _carry(value, touched[k][name], target, maps, k, parents[k], weights[k])
+        for k in present:  # one parent's tensor at a time
+            part = _carry(states[k][name], touched[k][name], target, maps, k, parents[k], weights[k])
             total = part if total is None else total + part
         assert total is not None
         if without:
             total = _made_whole(total, touched, name, target, maps, without, parents, weights)
-        return total.to(first.dtype)
+        return total.to(states[0][name].dtype)
 
     return Made(states[0], make)
 

@@ -250,11 +250,13 @@ class Descent:
             if rest:
                 axis = rest[0][0]
                 here, before, now = (x.to(b.device) for x in self._moved(rest, then))
-                a, old, b = a.index_select(axis, here), b.index_select(axis, before), b.index_select(axis, now)
-                b = b if then is None else b - old
+                a, reached = a.index_select(axis, here), b.index_select(axis, now)
+                b = reached if then is None else reached.sub_(b.index_select(axis, before))
+                del reached
             elif then is not None:
                 continue
-            a, b = _rows(a, site.axis, index), _rows(b, site.axis, index).T
+            a = _rows(a, site.axis, index)  # one after the other: each may be a copy
+            b = _rows(b, site.axis, index).T
             score = a @ b if score is None else score.addmm_(a, b)
         if score is None:  # in no tensor that is compared
             n = self.classes[k].size

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 
+from fxmerge.coupling import Permuted
 from fxmerge.depth import Link
 from fxmerge.ir import Alignment, AxisClasses, Coupling
 from fxmerge.size import Size
@@ -65,6 +66,8 @@ class Facts:
         return tuple(self._shared(coupling) for coupling in self.alignment.couplings)
 
     def _shared(self, coupling: Coupling) -> dict[tuple[int, ...], int]:
+        if isinstance(coupling, Permuted):
+            return {tuple(sorted(self.order)): coupling.size}
         largest = [torch.linalg.vector_norm(p, torch.inf, 0) for p in coupling.unmerge.split(coupling.widths)]
         counts: dict[tuple[int, ...], int] = {}
         for column in torch.stack(largest, 1).tolist():

@@ -20,7 +20,8 @@ def assignment(score: Tensor) -> Tensor:
     Returns:
         int64 [n] on the CPU.
     """
-    return torch.from_numpy(linear_sum_assignment(score.detach().cpu().numpy(), maximize=True)[1])
+    cost = score.detach().cpu().to(torch.float64, copy=True).neg_()  # the solver itself would copy it twice
+    return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
 
 
 def transport(u: Tensor, v: Tensor, cost: Tensor, reg: float = 0.0, rounds: int = 20000) -> Tensor:
@@ -68,7 +69,7 @@ def correlation(cross: Tensor, var_rows: Tensor, var_columns: Tensor) -> Tensor:
     tiny = (var_rows <= 1e-12 * var_rows.max().clamp_min(1e-30))[:, None] | (
         var_columns <= 1e-12 * var_columns.max().clamp_min(1e-30)
     )[None, :]
-    return (cross / scale).masked_fill(tiny, 0.0)
+    return torch.div(cross, scale, out=scale).masked_fill_(tiny, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,4 +120,14 @@ class Map:
         out = value.index_select(axis, self.source.to(value.device))
         if self.scale is None:
             return out
-        return out * self.scale.to(value).reshape([-1 if d == axis else 1 for d in range(value.dim())])
+        return out.mul_(self.scale.to(value).reshape([-1 if d == axis else 1 for d in range(value.dim())]))
+
+
+def row_by_row(x: Map, gram: Tensor, y: Map) -> Tensor:
+    """[n]: the inner products of the rows of ``x`` with those of ``y``, ``gram`` [m_x, m_y] being those of columns."""
+    if x.source is None or y.source is None:
+        return (x.matrix.to(gram) @ gram * y.matrix.to(gram)).sum(1)
+    found = gram[x.source.to(gram.device), y.source.to(gram.device)]
+    for scale in (x.scale, y.scale):
+        found = found if scale is None else found * scale.to(found)
+    return found

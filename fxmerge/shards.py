@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fxmerge.errors import FormatError, InputError
+from fxmerge.heap import LARGE, give_back
 
 TENSORS = "model.safetensors"
 INDEX = f"{TENSORS}.index.json"
@@ -148,6 +149,9 @@ class Shards(Mapping[str, Tensor]):
             self._files |= dict.fromkeys(found, file)
 
     def __getitem__(self, name: str) -> Tensor:
+        like = self.like[name]
+        if like.numel() * like.element_size() >= LARGE:
+            give_back()
         with _opened(self._files[name]) as file:
             return file.get_tensor(name)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import weakref
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -334,3 +337,54 @@ def test_few_tensors_are_in_memory_at_once(matcher, tmp_path, monkeypatch) -> No
     assert reads > 2 * len(net.state_dict())
     assert not alive
     assert most <= 4 * max(t.nbytes for t in net.state_dict().values())
+
+
+NETWORK = """
+from itertools import pairwise
+from torch import nn
+
+def network(width, depth):
+    sizes = pairwise([8, *[width] * depth, 8])
+    return nn.Sequential(*[part for n, m in sizes for part in (nn.Conv2d(n, m, 3, padding=1), nn.ReLU())][:-1]).eval()
+"""
+
+PEAK = (
+    NETWORK
+    + """
+import resource, sys
+from pathlib import Path
+import torch
+import fxmerge
+from fxmerge.matchers import WeightMatching
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def merge(folder, *size):
+    with torch.device("meta"):
+        net = network(*size)
+    parents = [fxmerge.on_disk(net, folder / f"{k}.safetensors") for k in range(2)]
+    options = {"example_inputs": torch.ones(2, 8, 2, 2), "matcher": WeightMatching(restarts=1, sweeps=1)}
+    fxmerge.merge(*parents, progress=False, **options).save(folder / "merged")
+
+merge(Path(sys.argv[1]) / "small", 16, 2)  # so that modules and tables that every merge needs are there
+before = peak()
+merge(Path(sys.argv[1]) / "large", 256, 20)
+print(peak() - before)
+"""
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+def test_a_process_that_merges_takes_less_than_one_parent(tmp_path) -> None:
+    """All that the system counts, pages of the files included, above what a small merge takes."""
+    known: dict[str, Any] = {}
+    exec(NETWORK, known)
+    for name, size in {"small": (16, 2), "large": (256, 20)}.items():
+        (tmp_path / name).mkdir()
+        for k in range(2):
+            torch.manual_seed(k)
+            save_file(known["network"](*size).state_dict(), tmp_path / name / f"{k}.safetensors")
+    run = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < (tmp_path / "large" / "0.safetensors").stat().st_size

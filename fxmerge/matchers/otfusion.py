@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxmerge.affinity import Affinity
 from fxmerge.cells import class_by_class
+from fxmerge.coupling import Permuted
 from fxmerge.errors import InputError, one_of
 from fxmerge.interfaces import PLACES, AbstractMatcher, Problem
 from fxmerge.ir import Alignment, Coupling
@@ -89,15 +90,21 @@ class OTFusion(AbstractMatcher):
 
     def _solve(self, affinity: Affinity, shares: Sequence[float], n: int) -> Coupling:
         widths, gram = affinity.widths, affinity.raw
-        support = torch.zeros(n, sum(widths), dtype=gram.dtype, device=gram.device)  # fused neurons as sums of parents'
         own = [affinity.between(gram, p, p) for p in range(len(widths))]
+        fixed = self.barycenter == 0 and n == widths[0]
+        if (
+            fixed and self.reg == 0 and self._one_to_one(widths)
+        ):  # without the matrices, larger than the weights that they are for
+            sizes = [g.diagonal() for g in own]
+            costs = (self._cost(sizes[0], sizes[p], affinity.between(gram, 0, p)) for p in range(1, len(widths)))
+            return Permuted([torch.arange(n), *(assignment(cost.neg_()) for cost in costs)], shares)
+        support = torch.zeros(n, sum(widths), dtype=gram.dtype, device=gram.device)  # fused neurons as sums of parents'
         strongest = torch.cat(
             [g.diagonal().argsort(descending=True) + s for g, s in zip(own, affinity.starts, strict=True)]
         )
         here = torch.arange(n, device=gram.device)
         chosen = here if n == widths[0] else strongest[here % len(strongest)].sort().values
         support[here, chosen] = 1
-        fixed = self.barycenter == 0 and n == widths[0]
         for _ in range(max(1, self.barycenter)):
             size = (support @ gram * support).sum(1)
             plans = []
@@ -132,19 +139,23 @@ class OTFusion(AbstractMatcher):
         return self._coupled(size_a, size_b, cost, self.reg)
 
     def _cost(self, size_a: Tensor, size_b: Tensor, inner: Tensor) -> Tensor:
-        norms = size_a.clamp_min(0)[:, None].sqrt() * size_b.clamp_min(0)[None, :].sqrt()
         if self.metric == "cosine":
+            norms = size_a.clamp_min(0)[:, None].sqrt() * size_b.clamp_min(0)[None, :].sqrt()
             cost = 1 - inner / norms.clamp_min(1e-30)
         else:
-            cost = (size_a[:, None] + size_b[None, :] - 2 * inner).clamp_min(0)
-        return cost.log1p() if self.scale == "log" else cost
+            cost = (size_a[:, None] + size_b[None, :]).sub_(inner, alpha=2).clamp_min_(0)
+        return cost.log1p_() if self.scale == "log" else cost
 
     def _coupled(self, size_a: Tensor, size_b: Tensor, cost: Tensor, reg: float) -> Tensor:
         u, v = (self._masses(s) for s in (size_a, size_b))
-        if reg == 0 and len(u) == len(v) and self.importance == "uniform":
+        if reg == 0 and self._one_to_one((len(u), len(v))):
             chosen = assignment(-cost).to(cost.device)
             return torch.zeros_like(cost).scatter_(1, chosen[:, None], 1 / len(u))
         return transport(u, v, cost, reg * float(_SCALES[self.scale](cost) / cost.max().clamp_min(1e-30)))
+
+    def _one_to_one(self, widths: Sequence[int]) -> bool:
+        """Whether exact transport is a permutation: equal masses, equally many."""
+        return self.importance == "uniform" and len({*widths}) == 1
 
     def _masses(self, size: Tensor) -> Tensor:
         mass = torch.ones_like(size) if self.importance == "uniform" else size.clamp_min(0).sqrt()

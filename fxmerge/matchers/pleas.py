@@ -59,12 +59,12 @@ class PLeaS(AbstractMatcher):
         unknown = [p for p in self.ratios or () if not any(c.name.startswith(p) for c in first)]
         if unknown:
             raise InputError(f"PLeaS(ratios=..): no class of neurons has a name that starts with '{unknown[0]}'")
-        alignment, seen = class_by_class(problem, _match, str(self), by=self.cost, sweeps=2)
+        alignment, scores = class_by_class(problem, _match, str(self), by=self.cost, sweeps=2, each=_scores)
         if self.budget == 1 and not self.ratios:
             return alignment
-        free = sorted(k for k in resizable(first) if k in seen)
+        free = sorted(k for k in resizable(first) if k in scores)
         found = {k: _permutations(alignment.couplings[k]) for k in free}
-        match = {k: _scores(seen[k], found[k]) for k in free}
+        match = {k: scores[k] for k in free}
         if self.ratios is None:
             costs = Costs.of(first, problem.apart, len(parents), self.of)
             # what a class loses, every layer that reads it loses; classes are comparable whatever their width
@@ -92,8 +92,9 @@ def _permutations(coupling: Coupling) -> list[Tensor]:
     return [u.T.argmax(1) for u in coupling.unmerge.split(coupling.widths)]
 
 
-def _scores(affinity: Affinity, found: Sequence[Tensor]) -> Tensor:
+def _scores(affinity: Affinity, coupling: Coupling) -> Tensor:
     """[n]: correlation of the neurons that match, averaged over the parents after the first."""
+    found = _permutations(coupling)
     here = torch.arange(len(found[0]))
     pairs = [affinity.between(affinity.correlation, 0, b).cpu()[here, p] for b, p in enumerate(found) if b]
     return torch.stack(pairs).mean(0)
