@@ -1,6 +1,6 @@
-"""Numbers in a recorded graph that follow the batch size, told by a second recording on twice the batch.
+"""Numbers in a recorded graph that follow the batch size, told by a second recording on another batch.
 
-view(x, (2, 3, 8)), view(x, (4, 3, 8))  -->  view(x, (size(input, 0), 3, 8))
+view(x, (2, 3, 8)), view(x, (3, 3, 8))  -->  view(x, (size(input, 0), 3, 8))
 """
 
 from __future__ import annotations
@@ -24,30 +24,38 @@ class Input:
     shape: tuple[int, ...]
 
 
-def repeated(inputs: Any, times: int) -> Any | None:
-    """The inputs several times along axis 0; None where not all of them have the same size there."""
+def samples(inputs: Any) -> int | None:
+    """The size along axis 0, where all tensors among the inputs have the same."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     sizes = {t.shape[0] if t.ndim else None for t in tensors}
-    if len(sizes) != 1 or not sizes - {None, 0}:
-        return None
-    return pytree.tree_map(lambda leaf: torch.cat([leaf] * times) if isinstance(leaf, Tensor) else leaf, inputs)
+    return None if len(sizes) != 1 else sizes.pop() or None
 
 
-def follow(graph: fx.Graph, other: fx.Graph, source: Input) -> str | None:
+def repeated(inputs: Any, count: int) -> Any:
+    """The inputs' samples over and over along axis 0, ``count`` of them."""
+
+    def taken(leaf: Any) -> Any:
+        return leaf[torch.arange(count, device=leaf.device) % len(leaf)] if isinstance(leaf, Tensor) else leaf
+
+    return pytree.tree_map(taken, inputs)
+
+
+def follow(graph: fx.Graph, other: fx.Graph, source: Input, there: Input) -> str | None:
     """Makes numbers of ``graph`` that differ in ``other`` linear expressions of the batch size.
 
     Args:
         graph: the recording; changed in place.
-        other: the recording on twice the batch.
+        other: the recording on another batch.
         source: an input of ``graph`` whose axis 0 is the batch.
+        there: that input of ``other``.
 
     Returns:
         Why it cannot be done, or None where it was; then the graph is unchanged, or half of it is.
     """
     if len(graph.nodes) != len(other.nodes):
-        return f"there are {len(other.nodes)} operations on twice the batch instead of {len(graph.nodes)}"
+        return f"there are {len(other.nodes)} operations on another batch instead of {len(graph.nodes)}"
     pairs = dict(zip(graph.nodes, other.nodes, strict=True))
-    sizes = _Sizes(graph, source)
+    sizes = _Sizes(graph, source, there.shape[0] - source.shape[0])
     for node, twin in pairs.items():
         if (node.op, node.target) != (twin.op, twin.target):
             return f"'{node.name}' is another operation there"
@@ -64,10 +72,10 @@ class _Unlike(Exception):
 
 
 class _Sizes:
-    """Nodes for ``slope * batch + rest``, made once each."""
+    """Nodes for ``slope * batch + rest``, made once each; ``more`` samples are in the other graph."""
 
-    def __init__(self, graph: fx.Graph, source: Input) -> None:
-        self.graph, self.source = graph, source
+    def __init__(self, graph: fx.Graph, source: Input, more: int) -> None:
+        self.graph, self.source, self.more = graph, source, more
         self.made: dict[tuple[int, int], fx.Node] = {}
         self.last = list(graph.find_nodes(op="placeholder"))[-1]
 
@@ -91,11 +99,10 @@ class _Sizes:
             return type(one)(self.joined(a, b, pairs) for a, b in zip(one, two, strict=True))
         if one == two or one != one:
             return one
-        batch = self.source.shape[0]
-        if type(one) is not int or (two - one) % batch:
+        if type(one) is not int or (two - one) % self.more:
             raise _Unlike
-        slope = (two - one) // batch
-        return self.node(slope, one - slope * batch)
+        slope = (two - one) // self.more
+        return self.node(slope, one - slope * self.source.shape[0])
 
     def node(self, slope: int, rest: int) -> fx.Node:
         if (slope, rest) not in self.made:

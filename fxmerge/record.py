@@ -2,9 +2,9 @@
 
     nn.Module, args, kwargs  --record-->  fx.GraphModule, notes for the report
 
-One run says what the network does (``recorder``). Numbers of Python are what they were in that run, so two more runs
-say which of them follow the batch size and which functions follow the mode; shapes that the graph has fixed are
-asserted in it.
+One run says what the network does (``recorder``). Numbers of Python are what they were in that run: runs on another
+batch and in training mode say which of them follow the batch size and which functions follow the mode; shapes that
+the graph has fixed are asserted in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.batch import follow, repeated
+from fxmerge.batch import follow, repeated, samples
 from fxmerge.errors import TraceError, few, told
 from fxmerge.recorder import Recorder
 from fxmerge.running import bind, call, difference, dropped, evaluating, fresh, plain
@@ -147,46 +147,45 @@ def _followed(
     recorder: Recorder, run: Run, arguments: Arguments, trained: Mapping[tuple[str, str, int], Any]
 ) -> str | None:
     """Makes numbers of the graph follow the batch size; why they cannot, where they cannot."""
-    twice = repeated(arguments, 2)
-    if twice is None:
+    size = samples(arguments)
+    if size is None:
         return "the inputs have no batch axis in common"
-    try:
-        other = run(twice)
-    except TraceError as error:
-        return f"on twice the batch, recording {error}"
+    for count in (size + 1, 2 * size):  # the former is less work, but some networks take clips of several frames
+        try:
+            other = run(repeated(arguments, count))
+            break
+        except TraceError as error:
+            why = f"on a batch of {count}, recording {error}"
+    else:
+        return why
     _follow_mode(other, trained)
     if recorder.constants.keys() == other.constants.keys() and difference(recorder.constants, other.constants):
         raise TraceError(
             "meets a tensor that follows the inputs and that no torch function made (but NumPy, a scripted function, "
             "another library)"
         )
-    return follow(recorder.graph, other.graph, recorder.inputs[0])
+    return follow(recorder.graph, other.graph, recorder.inputs[0], other.inputs[0])
 
 
 def _unlike(graph_module: fx.GraphModule, module: nn.Module, arguments: Arguments) -> str | None:
     """How graph and network differ on a third batch size; None where they agree.
 
-    One sample more is the least work, but was recorded where there is one sample, and some networks take multiples
-    of their batch alone (clips of several frames).
+    One sample is the least work, but some networks do something else for it, or take multiples of their batch alone.
     """
-    thrice = repeated(arguments, 3)
-    size = next(leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)).shape[0]
-    for count in (size + 1, 3 * size) if size > 1 else (3,):
-        given = pytree.tree_map(lambda leaf, count=count: leaf[:count] if isinstance(leaf, Tensor) else leaf, thrice)
+    size = len(next(leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)))
+    for count in (1, 3 * size) if size > 1 else (3,):
+        given = repeated(arguments, count)
         try:
             with evaluating(module):
                 expected = plain(call(module, *fresh(given)))
-        except Exception as error:
-            why: str | None = told(error)
-            continue
-        try:
             with evaluating(graph_module):
                 output = graph_module(*bind(graph_module.graph, *fresh(given)))
             why = difference(expected, output)
         except Exception as error:
             why = told(error)
-        break
-    return None if why is None else f"on a batch of {count}, {why}"
+        if why is None:
+            return None
+    return f"on a batch of {count}, {why}"
 
 
 def _assert_shapes(recorder: Recorder, fixed: bool) -> None:

@@ -223,7 +223,7 @@ def test_graph_reproduces_follows_the_batch_and_leaves_alone(body, inputs, train
     assert_follows(graph_module, module, inputs)
     fixed = [note for note in notes if "batch size is fixed" in note]
     assert bool(fixed) is (body is rowwise)
-    five = repeated(inputs, 5)
+    five = repeated(inputs, 10)
     if fixed:
         with pytest.raises(AssertionError, match=r"must be of shape \[2, 6\]"):
             graph_module(five)
