@@ -165,7 +165,8 @@ class Atoms:
             kind: 0 for tags, 1 for edges.
             facts: the atoms of every one of these, in order.
         """
-        return np.concatenate([np.where(n < self._tied[kind, who], slot[who], 0) for n, who in enumerate(facts)])
+        found = [np.where(n < self._tied[kind, who], slot[who], 0) for n, who in enumerate(facts)]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def union(self, x: Ints, y: Ints) -> None:
         """Atoms x[i] and y[i] are one neuron."""

@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from fxmerge.atoms import Ints, distinct, mix, pair_ranks, unique, unique_pairs
+from fxmerge.colours import Facts
 from fxmerge.errors import UnknownOpError
 from fxmerge.interpret import Interpretation
 from fxmerge.ir import AxisClass, AxisClasses, Traced
@@ -48,22 +51,6 @@ def infer_classes(module: nn.Module | Traced, example_inputs: Any = None, *, str
     return _close(interpretation)
 
 
-def _colours(kinds: Ints, child: Ints, block: Ints, said: Ints) -> Ints:
-    """Refines colours until blocks and members tell nothing new apart."""
-    colour, count = kinds, 0
-    live = unique(np.concatenate([child, block]))
-    while child.size:
-        distinct = len(unique(colour[live]))
-        if distinct == count:
-            break
-        count = distinct
-        finer = mix(colour)
-        np.add.at(finer, child, mix(colour[block] ^ said ^ 0x55))
-        np.add.at(finer, block, mix(colour[child] ^ said ^ 0x3333))
-        colour = finer
-    return colour
-
-
 _DEEPEST = 4  # how often blocks of different natures may ask for new ones
 
 
@@ -72,22 +59,10 @@ def _close(found: Interpretation) -> AxisClasses:
     reasons: dict[int, str] = {}
     first_colour: Ints | None = None
     enlarged = 0
+    facts = Facts(atoms, found.slots)
     while True:
         size = atoms.size  # relations may call for new ones
-        everything = np.arange(size)
-        base = mix(atoms.origin(everything) + 1)
-        tagged = np.concatenate([t for t, _, _ in atoms.tags]) if atoms.tags else np.zeros(0, np.int64)
-        marks = mix(np.concatenate([m for _, m, _ in atoms.tags])) if atoms.tags else tagged
-        slots = np.zeros(size, np.int64)
-        slots[: len(found.slots)] = found.slots
-        if atoms.tags:
-            marks = mix(marks ^ atoms.slots(slots, 0, (t for t, _, _ in atoms.tags)))
-        root = atoms.find(everything)
-        kinds = np.zeros(size, np.int64)
-        np.add.at(kinds, root, base)
-        np.add.at(kinds, root[tagged], marks)
-        child, block, said = _edges(atoms, root, slots)
-        colour = _colours(kinds, child, block, said)
+        root, colour, child, block = facts.colours()
         child, block = unique_pairs(child, block)
         if first_colour is None:
             first_colour = colour[root]
@@ -98,6 +73,7 @@ def _close(found: Interpretation) -> AxisClasses:
             if not shared.size:
                 break
             atoms.pin(shared, "products of neurons with each other")
+        facts.unite(root, colour)
         enlarged += atoms.size > size
         if atoms.size > size and enlarged > _DEEPEST:
             atoms.pin(np.concatenate([child, block]), "blocks in blocks without an end")
@@ -109,26 +85,10 @@ def _close(found: Interpretation) -> AxisClasses:
     return _build(found, root, colour, child, block, reasons, first_colour)
 
 
-def _edges(atoms: Any, root: Ints, slots: Ints) -> tuple[Ints, Ints, Ints]:
-    """Who is in which block, in which role, and which entries of the two were said to be where they have several."""
-    if not atoms.edges:
-        return (np.zeros(0, np.int64),) * 3
-    children, blocks = zip(*atoms.edges, strict=True)
-    said = mix(atoms.slots(slots, 1, children)) ^ atoms.slots(slots, 1, blocks)
-    said ^= np.repeat(atoms.roles, [len(c) for c in children])
-    child, block = root[np.concatenate(children)], root[np.concatenate(blocks)]
-    apart = child != block
-    child, block, said = child[apart], block[apart], said[apart]
-    _, first = np.unique(mix(mix(mix(child) ^ block) ^ said), return_index=True)  # sorting whole rows takes long
-    order = first[np.lexsort((said[first], block[first], child[first]))]
-    return child[order], block[order], said[order]
-
-
 def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> bool:
     """What can only move together is one neuron: blocks with the same members, a block and its one member of a kind."""
     if not child.size:
         return False
-    changed = False
     counts = dict(zip(*np.unique(colour[unique(root)], return_counts=True), strict=True))
     above: dict[int, list[int]] = {}
     for c, b in zip(child.tolist(), block.tolist(), strict=True):
@@ -137,15 +97,14 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
     child, block = child[moving], block[moving]
     if not child.size:
         return False
-    _, held, where = pair_ranks(colour[child], block)
+    shade, held, where = pair_ranks(colour[child], block)
     members = np.zeros(len(held), np.int64)
     np.add.at(members, where, mix(child))
     _, first, again = np.unique(members, return_index=True, return_inverse=True)
-    twin = held[first[again]]
-    if (held != twin).any():
-        atoms.union(held[held != twin], twin[held != twin])
+    if _unite(atoms, colour, held, held[first[again]], shade):
         return True
     inner, outer, where = pair_ranks(colour[child], colour[block])
+    same: list[Ints] = []
 
     def implied(c: int, b: int) -> bool:
         """Whether whatever else c lies in is where b lies, and b lies in no other of that kind."""
@@ -159,9 +118,37 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
         at = where == k
         one_each = at.sum() == counts[c] == len(unique(child[at])) == len(unique(block[at]))
         if one_each and all(implied(x, y) for x, y in zip(child[at].tolist(), block[at].tolist(), strict=True)):
-            atoms.union(child[at], block[at])
-            changed = True
-    return changed
+            same.append(np.flatnonzero(at))
+    at = np.concatenate(same) if same else where[:0]
+    return _unite(atoms, colour, child[at], block[at], where[at])
+
+
+def _unite(atoms: Any, colour: Ints, x: Ints, y: Ints, reason: Ints) -> bool:
+    """x[i] and y[i] are one neuron, for reasons that hold of all neurons of a kind alike; whether any were united.
+
+    But not two of one kind: these may change places, and one neuron that is both could no longer say so. Where reasons
+    do that together, only the first holds for now, and what the others say is left to be seen on what it united.
+    """
+    apart = x != y
+    x, y, reason = x[apart], y[apart], reason[apart]
+    whole = np.flatnonzero(_parts(colour, x, y, reason)[1])
+    part, sound = _parts(colour, x[whole], y[whole], np.zeros_like(whole))
+    first = np.full(part.max(initial=0) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(first, part, reason[whole])
+    whole = whole[sound | (reason[whole] == first[part])]
+    atoms.union(x[whole], y[whole])
+    return bool(whole.size)
+
+
+def _parts(colour: Ints, x: Ints, y: Ints, reason: Ints) -> tuple[Ints, np.ndarray]:
+    """The connected part that every pair is in, by each reason alone, and whether all in it are of different kinds."""
+    _, end, where = pair_ranks(np.r_[reason, reason], np.r_[x, y])
+    one, other = np.split(where, 2)
+    graph = coo_array((np.ones(len(one)), (one, other)), shape=(len(end),) * 2)
+    _, part = connected_components(graph, directed=False)
+    _, _, like = pair_ranks(part, colour[end])
+    torn = part[np.bincount(like)[like] > 1]
+    return part[one], ~np.isin(part[one], torn)
 
 
 def _shared(colour: Ints, child: Ints, block: Ints) -> Ints:
