@@ -101,6 +101,13 @@ def pair_ranks(x: Ints, y: Ints) -> tuple[Ints, Ints, Ints]:
     return xs[pair // len(ys)], ys[pair % len(ys)], rank
 
 
+def connected(x: Ints, y: Ints) -> tuple[Ints, Ints]:
+    """The distinct values, ascending, and which part each is in where x[i] and y[i] are in one."""
+    ids, ends = ranks(np.concatenate([x, y]))
+    a, b = np.split(ends, 2)
+    return ids, connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(ids),) * 2), directed=False)[1]
+
+
 class Atoms:
     """The growing set of atoms and what is known of them."""
 
@@ -178,9 +185,7 @@ class Atoms:
         if distinct(high) and (low.max() < high.min() or not np.isin(low, high).any()):
             roots = low
         else:  # chains within one call: close them first
-            ids, flat = ranks(np.concatenate([low, high]))
-            a, b = flat[: len(low)], flat[len(low) :]
-            _, part = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(ids),) * 2), directed=False)
+            ids, part = connected(low, high)
             first = np.full(part.max() + 1, np.iinfo(np.int64).max)
             np.minimum.at(first, part, ids)
             high, roots = ids, first[part]

@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import nn
 
-from fxmerge.atoms import Ints, distinct, mix, pair_ranks, unique, unique_pairs
+from fxmerge.atoms import Ints, connected, distinct, mix, pair_ranks, unique, unique_pairs
 from fxmerge.colours import Facts
 from fxmerge.errors import UnknownOpError
 from fxmerge.interpret import Interpretation
@@ -52,37 +50,39 @@ def infer_classes(module: nn.Module | Traced, example_inputs: Any = None, *, str
 
 
 _DEEPEST = 4  # how often blocks of different natures may ask for new ones
+_CHOICES = 16  # how often one of several blocks around the same neurons may be chosen
+_PRODUCTS = "products of neurons with each other"
 
 
 def _close(found: Interpretation) -> AxisClasses:
     atoms = found.atoms
     reasons: dict[int, str] = {}
-    first_colour: Ints | None = None
-    enlarged = 0
+    enlarged = chosen = 0
     facts = Facts(atoms, found.slots)
     while True:
         size = atoms.size  # relations may call for new ones
         root, colour, child, block = facts.colours()
         child, block = unique_pairs(child, block)
-        if first_colour is None:
-            first_colour = colour[root]
         if not _absorb(atoms, colour, child, block, root) and (
             enlarged > _DEEPEST or not _nest(found, colour, child, block)
         ):
-            shared = _shared(colour, child, block)
+            shared, first = _shared(colour, child, block)
             if not shared.size:
                 break
-            atoms.pin(shared, "products of neurons with each other")
+            if first.size > 1 and chosen < _CHOICES:
+                chosen += 1
+                atoms.tag(first, atoms.mark(), _PRODUCTS)
+            else:
+                atoms.pin(shared, _PRODUCTS)
         facts.unite(root, colour)
         enlarged += atoms.size > size
         if atoms.size > size and enlarged > _DEEPEST:
             atoms.pin(np.concatenate([child, block]), "blocks in blocks without an end")
-    assert first_colour is not None
     for who, _, reason in atoms.tags:
         if reason is not None:
             for k in root[who].tolist():
                 reasons.setdefault(k, reason)
-    return _build(found, root, colour, child, block, reasons, first_colour)
+    return _build(found, root, colour, child, block, reasons, facts.slots)
 
 
 def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> bool:
@@ -144,18 +144,26 @@ def _parts(colour: Ints, x: Ints, y: Ints, reason: Ints) -> tuple[Ints, np.ndarr
     """The connected part that every pair is in, by each reason alone, and whether all in it are of different kinds."""
     _, end, where = pair_ranks(np.r_[reason, reason], np.r_[x, y])
     one, other = np.split(where, 2)
-    graph = coo_array((np.ones(len(one)), (one, other)), shape=(len(end),) * 2)
-    _, part = connected_components(graph, directed=False)
+    _, part = connected(one, other)
     _, _, like = pair_ranks(part, colour[end])
     torn = part[np.bincount(like)[like] > 1]
     return part[one], ~np.isin(part[one], torn)
 
 
-def _shared(colour: Ints, child: Ints, block: Ints) -> Ints:
-    """Blocks of one kind of which some neuron is in several: a tree of classes cannot say how these move."""
+def _shared(colour: Ints, child: Ints, block: Ints) -> tuple[Ints, Ints]:
+    """Blocks of one kind of which some neuron is in several: a tree of classes cannot say how these move.
+
+    And of those that are so connected one each: where it is told from the others, a tree may be able to.
+    """
     kinds, where = np.unique(np.stack([child, colour[block]], 1), axis=0, return_inverse=True)
     several = np.bincount(where.ravel(), minlength=len(kinds))[where.ravel()] > 1
-    return np.unique(block[several])
+    shared = unique(block[several])
+    if not shared.size:
+        return shared, shared
+    like = several & (colour[block] == colour[shared[0]])
+    ids, part = connected(child[like], block[like])
+    own = np.isin(ids, block[like])
+    return shared, ids[own][np.unique(part[own], return_index=True)[1]]
 
 
 def _nest(found: Interpretation, colour: Ints, child: Ints, block: Ints) -> bool:
@@ -194,7 +202,7 @@ def _build(
     child: Ints,
     block: Ints,
     reasons: dict[int, str],
-    slot_colour: Ints,
+    slots: Ints,
 ) -> AxisClasses:
     roots = unique(root)
     shades, kind, counts = np.unique(colour[roots], return_inverse=True, return_counts=True)
@@ -234,7 +242,7 @@ def _build(
         who = np.sort(np.concatenate([members[k] for k in groups[g][0]]))
         number[who], place[who] = new, np.arange(len(who))
         merged.append(who)
-    sites = find_sites(found, root, number, place, slot_colour, len(order))
+    sites = find_sites(found, root, number, place, slots, len(order))
     side = sides(found.met, root)
     starts = dict(zip(found.sites, found.starts, strict=True))
     faces = [facing(s, starts, found.reads, side) for s in sites]

@@ -23,6 +23,7 @@ class Facts:
 
     def __init__(self, atoms: Atoms, slots: Ints) -> None:
         self._atoms = atoms
+        self.slots = slots.copy()
         self._part = [atoms.slots(slots, kind, who) for kind, who in zip((0, 1, 1), self._said(), strict=True)]
 
     def _said(self) -> tuple[list[Ints], list[Ints], list[Ints]]:
@@ -87,10 +88,10 @@ class Facts:
         grown = (np.bincount(now[unique(root)], minlength=len(root)) > 1)[now]
         if not grown.any():
             return
-        for k, who in enumerate(self._atoms_of()):
+        for part, who in [*zip(self._part, self._atoms_of(), strict=True), (self.slots, np.arange(len(self.slots)))]:
             at = np.flatnonzero(who < len(root))
             at = at[grown[who[at]]]
-            self._part[k][at] = mix(self._part[k][at] ^ colour[root[who[at]]])
+            part[at] = mix(part[at] ^ colour[root[who[at]]])
 
 
 def _refined(kinds: Ints, child: Ints, block: Ints, said: Ints) -> Ints:

@@ -239,8 +239,14 @@ class Context:
         return known
 
     def _merged(self, neurons: Iterable[Tensor]) -> tuple[Tensor, ...]:
-        """Under one name each, so that what stands in several places needs no room in all of them."""
-        return tuple(t if len(varying(t)) < 2 else narrow(torch.from_numpy(self._roots(t))) for t in neurons)
+        """Under the first of several names along dimensions in which all are of one neuron: no room for the others."""
+
+        def thin(t: Tensor) -> Tensor:
+            for d, size in enumerate(narrow(torch.from_numpy(self._roots(t))).shape):
+                t = t.narrow(d, 0, 1) if size < t.shape[d] else t
+            return t
+
+        return tuple(t if len(varying(t)) < 2 else thin(t) for t in neurons)
 
     def _boxed(self, neurons: Sequence[Tensor], fixed: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Neurons that stand in a pattern stay in place where the pattern matters; then they are fixed identities.

@@ -12,20 +12,19 @@ from fxmerge.sides import columns
 
 
 def find_sites(
-    found: Interpretation, root: Ints, number: Ints, place: Ints, slot_colour: Ints, count: int
+    found: Interpretation, root: Ints, number: Ints, place: Ints, slot: Ints, count: int
 ) -> list[dict[Site, torch.Tensor]]:
     """Per class: site -> [size, m] places, the m places of all neurons in matching order."""
     origin = found.atoms.origin(np.arange(len(root)))
     raw = np.flatnonzero(origin >= 0)
     index = raw - np.asarray(found.starts)[origin[raw]] if len(found.starts) else raw
     cls, pos = number[root[raw]], place[root[raw]]
-    # places of the same nature in all neurons stand in one column; columns by their first place
-    # and then in the order of slots
-    _, shade = ranks(slot_colour[raw])
+    # places in the same slot of all neurons stand in one column; columns by their first place
+    _, shade = ranks(slot[raw])
     _, nature = ranks((cls * len(found.sites) + origin[raw]) * (shade.max(initial=0) + 1) + shade)
     first = np.zeros(nature.max(initial=-1) + 1, np.int64)
     first[nature[::-1]] = index[::-1]  # the last one written is the first along its axis
-    order = np.lexsort((index, found.atoms.notes(raw), first[nature], pos, origin[raw], cls))
+    order = np.lexsort((index, first[nature], pos, origin[raw], cls))
     sites: list[dict[Site, torch.Tensor]] = [{} for _ in range(count)]
     key = (cls * len(found.sites) + origin[raw])[order]
     for part in np.split(order, np.flatnonzero(np.diff(key)) + 1):

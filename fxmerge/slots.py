@@ -17,6 +17,9 @@ from torch import Tensor
 from fxmerge.atoms import Atoms, Ints, distinct, mix, unique, unique_pairs
 from fxmerge.label import narrow
 
+_CHOICES = 16  # in how many rounds names that are alike are told apart by choosing among them
+_CHOSEN = 0x77
+
 
 def _ranks(keys: Sequence[Ints], groups: int) -> Ints:
     """The place of every element among those that share the last ``groups`` keys, in order of the other ones."""
@@ -48,6 +51,10 @@ def turns(atoms: Atoms, t: Tensor) -> Tensor | None:
 def find_slots(atoms: Atoms, met: Sequence[tuple[Tensor, Tensor, bool]]) -> Ints:
     """[atoms], a hash of the slot of every atom; 0 where a neuron has one entry along every axis.
 
+    Slots are such that what met in one neuron met in every other one that may stand in for it, slot for slot: names
+    are told apart by those that they met, and where that leaves several alike, one of them is chosen to be the first.
+    Neurons in which that ends differently are told apart.
+
     Args:
         atoms: whose origins are axes.
         met: label tensors that met entry by entry.
@@ -56,8 +63,9 @@ def find_slots(atoms: Atoms, met: Sequence[tuple[Tensor, Tensor, bool]]) -> Ints
     root, origin = atoms.find(everything), atoms.origin(everything)
     several = np.zeros(atoms.size, bool)
     several[root[(_ranks((everything, origin, root), 2) > 0) & (origin >= 0)]] = True
+    slot = np.zeros(atoms.size, np.int64)
     if not several.any():
-        return np.zeros(atoms.size, np.int64)
+        return slot
     meetings: list[tuple[Ints, Ints, Ints]] = []
     for k, (left, right, _) in enumerate(met):
         if _any(several, root, left) and _any(several, root, right):
@@ -66,13 +74,29 @@ def find_slots(atoms: Atoms, met: Sequence[tuple[Tensor, Tensor, bool]]) -> Ints
             x, y = unique_pairs(x[one], y[one])
             meetings.append((x, y, np.full(len(x), k)))
     x, y, which = (np.concatenate([m[k] for m in meetings]) if meetings else everything[:0] for k in range(3))
-    known = 0
-    while known < (known := len(unique(atoms.notes(everything)))):  # a name is known by those that it met
-        notes = atoms.notes(everything)
-        atoms.note(x, mix(notes[y]) ^ which)
-        atoms.note(y, mix(notes[x]) ^ ~which)
-    slot = mix(mix(origin) + _ranks((everything, atoms.notes(everything), origin, root), 2))
-    return np.where(several[root] & (origin >= 0), slot, 0)
+    who = np.flatnonzero(several[root])
+    for turn in range(_CHOICES):
+        known = 0
+        while known < (known := len(unique(atoms.notes(who)))):  # a name is known by those that it met
+            notes = atoms.notes(everything)
+            atoms.note(x, mix(notes[y]) ^ which)
+            atoms.note(y, mix(notes[x]) ^ ~which)
+        rank = _ranks((who, atoms.notes(who), origin[who], root[who]), 3)
+        alike = who[rank > 0]
+        if not alike.size:
+            break
+        order = alike[np.lexsort((alike, atoms.notes(alike), origin[alike], root[alike]))]
+        first = np.r_[True, np.diff(root[order]) != 0]
+        if turn == _CHOICES - 1:
+            atoms.note(who, rank)
+        else:
+            atoms.note(order[first], _CHOSEN)
+    slot[who] = mix(mix(origin[who]) + _ranks((who, atoms.notes(who), origin[who], root[who]), 2))
+    sums = np.zeros(atoms.size, np.int64)
+    np.add.at(sums, root[who], mix(mix(origin[who]) ^ atoms.notes(who)))
+    neurons = np.flatnonzero(several)
+    atoms.tag(neurons, sums[neurons], "the order in which its entries meet")
+    return slot
 
 
 def _any(several: np.ndarray, root: Ints, t: Tensor) -> bool:
