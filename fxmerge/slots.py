@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxmerge.atoms import Atoms, Ints, distinct, mix, unique, unique_pairs
+from fxmerge.atoms import Atoms, Ints, distinct, mix, pair_ranks, unique, unique_pairs
 from fxmerge.label import narrow
 
 _CHOICES = 16  # in how many rounds names that are alike are told apart by choosing among them
@@ -92,10 +92,12 @@ def find_slots(atoms: Atoms, met: Sequence[tuple[Tensor, Tensor, bool]]) -> Ints
         else:
             atoms.note(order[first], _CHOSEN)
     slot[who] = mix(mix(origin[who]) + _ranks((who, atoms.notes(who), origin[who], root[who]), 2))
-    sums = np.zeros(atoms.size, np.int64)
-    np.add.at(sums, root[who], mix(mix(origin[who]) ^ atoms.notes(who)))
-    neurons = np.flatnonzero(several)
-    atoms.tag(neurons, sums[neurons], "the order in which its entries meet")
+    axes, ends = np.zeros(atoms.size, np.int64), np.zeros(atoms.size, np.int64)
+    np.add.at(axes, root[who], mix(origin[who]))
+    np.add.at(ends, root[who], mix(mix(origin[who]) ^ atoms.notes(who)))
+    axis = pair_ranks(axes[several], ends[several])[0]
+    differ = np.flatnonzero(several & np.isin(axes, axis[:-1][axis[1:] == axis[:-1]]))
+    atoms.tag(differ, ends[differ], "the order in which its entries meet")
     return slot
 
 

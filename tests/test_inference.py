@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, POINT, Case
+from networks import NETWORKS, POINT, Case, randomise
 from oracle import contains, describe, find_symmetries, group_order
 from torch import Tensor, nn
 
@@ -255,3 +255,45 @@ def test_grouped_products_written_out_are_those_of_the_kernel(left, right) -> No
     with Doubled():
         got = torch._grouped_mm(x.double(), y.double(), offs=ends)
     assert torch.allclose(got, expected.double(), atol=1e-5)
+
+
+class Tied(nn.Module):
+    """Channels that are multiplied with each other in an order of their own, and what else becomes of them."""
+
+    def __init__(self, left: list[int], right: list[int], norm: bool, after: str) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 2 * len(left)), nn.Linear(2 * len(left), 2)
+        self.layer = nn.Linear(len(left), 2 * len(left))
+        self.left, self.right, self.norm, self.after = left, right, norm, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.norm:
+            x = nn.functional.group_norm(x, 2)
+        both = torch.cat([x[:, self.left], (x[:, self.right] - 2 * x[:, self.left]).tanh()], 1)
+        if self.after == "flip":
+            x = both + self.layer(x[:, self.left])
+            x = x * x.flip(1).sigmoid()
+        elif self.after == "group":
+            x = nn.functional.group_norm(x + self.layer(x[:, self.left] * x[:, self.right].sigmoid()), 2)
+        else:
+            x = both + self.layer(x[:, self.left])
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "norm", "after", "free"),
+    [
+        # two pairs with the left one in the first group, two the other way round, one pair in either group
+        ([10, 4, 8, 0, 7, 5], [6, 9, 1, 11, 3, 2], False, "group", 4),
+        # every pair is in both groups, in two of them the other way round
+        ([2, 5, 6, 3], [7, 1, 0, 4], True, "", 4),
+        # pairs of pairs, in which either pair may be taken for the first, but then in every layer
+        ([4, 0, 7, 1], [5, 2, 6, 3], False, "flip", 2),
+    ],
+)
+def test_entries_of_a_neuron_stay_told_apart(left, right, norm, after, free) -> None:
+    network = randomise(Tied(left, right, norm, after), seed=0).double()
+    classes = fxmerge.infer_classes(network, torch.randn(4, 3).double())
+    assert max(fxmerge.verify(network, classes, seed=seed).error for seed in range(4)) <= 1e-9, classes
+    assert classes.free == free, classes
