@@ -162,6 +162,10 @@ class Atoms:
     def origin(self, ids: Ints) -> Ints:
         return self._origin[ids]
 
+    def several(self, roots: Ints) -> np.ndarray:
+        """Which neurons were found to have several entries along an axis."""
+        return (self._tied[0, roots] < _NEVER) & (roots >= 0)
+
     def slots(self, slot: Ints, kind: int, facts: Iterable[Ints]) -> Ints:
         """The slot of every atom that facts are about: 0 where a fact is about a neuron as a whole.
 

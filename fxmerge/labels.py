@@ -488,6 +488,8 @@ class Context:
         if ((roots == one) | (roots < 0)).all():  # one neuron each, in more or fewer places: it is what remains
             x, count = (a.ravel() for a in np.broadcast_arrays(one, (roots >= 0).sum(over, keepdims=True)))
             self._mark(x[x >= 0], mix(count[x >= 0]), f"position ({self.place})")
+            if (roots >= 0).all():  # under its first name, which says where the others are
+                return narrow(t[tuple(slice(0, 1) if d in over else slice(None) for d in range(t.dim()))]), False
             return narrow(torch.from_numpy(one)), False
         ids = unique(roots[roots >= 0])
         self.atoms.tag(ids, np.full(len(ids), self.atoms.mark()))  # members of the set differ from non-members

@@ -39,12 +39,17 @@ def turns(atoms: Atoms, t: Tensor) -> Tensor | None:
 
     None where every neuron has one name. A value that met itself moved (rotary halves), or whose parts met elsewhere,
     has the pair tied, but its two entries are not the same number.
+    Names remember that they are here, and which turn they are, so that slots agree with what is said of these.
     """
     names = unique(t.numpy())
     roots = atoms.find(names)
     if distinct(roots):
+        part = names[atoms.several(roots)]
+        if part.size:
+            atoms.note(part, atoms.mark())
         return None
     turn = _ranks((names, atoms.notes(names), roots), 1)
+    atoms.note(names[names >= 0], (mix(turn) ^ atoms.mark())[names >= 0])
     return narrow(torch.from_numpy(mix(turn[np.searchsorted(names, t.numpy())])))
 
 

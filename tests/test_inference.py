@@ -297,3 +297,30 @@ def test_entries_of_a_neuron_stay_told_apart(left, right, norm, after, free) -> 
     classes = fxmerge.infer_classes(network, torch.randn(4, 3).double())
     assert max(fxmerge.verify(network, classes, seed=seed).error for seed in range(4)) <= 1e-9, classes
     assert classes.free == free, classes
+
+
+class Chosen(nn.Module):
+    """Channels 2k and 2k + 1 are multiplied with each other; some are taken out and normalised."""
+
+    def __init__(self, chosen: list[int], groups: int) -> None:
+        super().__init__()
+        self.stem, self.pairs, self.head = nn.Linear(3, 8), nn.Linear(4, 2), nn.Linear(8, 2)
+        self.out, self.chosen, self.groups = nn.Linear(1, 2), chosen, groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        pairs = self.pairs(x[:, ::2] * x[:, 1::2].sigmoid())
+        some = nn.functional.group_norm(x[:, self.chosen], self.groups).exp().sum(1, keepdim=True)
+        return pairs + self.head(x.tanh()) + self.out(some)
+
+
+CHOSEN = [([0, 2, 4, 7], 1, 3), ([0, 3, 4, 7], 1, 4), ([0, 3, 5, 6], 2, 2)]
+
+
+@pytest.mark.parametrize(("chosen", "groups", "free"), CHOSEN)
+def test_which_entry_of_a_neuron_is_chosen_matters(chosen, groups, free) -> None:
+    """A neuron of which the other entry is chosen is of another kind."""
+    network = randomise(Chosen(chosen, groups), seed=0).double()
+    classes = fxmerge.infer_classes(network, torch.randn(4, 3).double())
+    assert max(fxmerge.verify(network, classes, seed=seed).error for seed in range(4)) <= 1e-9, classes
+    assert classes.free == free, classes
