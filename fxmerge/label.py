@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,3 +104,25 @@ def overlap(x: Tensor, y: Tensor) -> bool:
 
 def hashed(t: Tensor) -> Tensor:
     return torch.from_numpy(mix(t.numpy()))
+
+
+def cover(fine: Tensor, coarse: Tensor) -> Tensor:
+    """``fine``, and ``coarse`` where no fine neuron stands."""
+    if bool((fine >= 0).all()):
+        return fine
+    return narrow(torch.where(fine >= 0, fine, coarse))
+
+
+def fold(p: Tensor, gone: Sequence[int], ordered: Sequence[int] = ()) -> Tensor:
+    """Fixed identities summed out: as a multiset over ``gone``, as a sequence over ``ordered``."""
+    gone = [d for d in gone if p.shape[d] > 1]
+    ordered = [d for d in ordered if p.shape[d] > 1]
+    if not gone and not ordered:
+        return p
+    p = hashed(p)
+    if gone:
+        p = hashed(p.sum(gone, keepdim=True))
+    for d in ordered:
+        index = torch.arange(p.shape[d]).reshape([-1 if k == d else 1 for k in range(p.dim())])
+        p = hashed((hashed(p) * hashed(index)).sum(d, keepdim=True))
+    return narrow(p)

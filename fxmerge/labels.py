@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fxmerge.atoms import Atoms, Ints, distinct, mix, mix_int, ranks, unique, unique_pairs
 from fxmerge.ir import Site
-from fxmerge.label import Label, Order, combine, hashed, in_boxes, narrow, overlap, varying
+from fxmerge.label import Label, Order, combine, cover, fold, hashed, in_boxes, narrow, overlap, varying
 from fxmerge.slots import turns
 
 
@@ -285,17 +285,10 @@ class Context:
             if finer == "both":
                 kept.append(t)
             elif finer == "left":
-                new = self._cover(t, new)
+                new = cover(t, new)
             else:
-                new = self._cover(new, t)
+                new = cover(new, t)
         return [*kept, new]
-
-    @staticmethod
-    def _cover(fine: Tensor, coarse: Tensor) -> Tensor:
-        """``fine``, and ``coarse`` where no fine neuron stands."""
-        if bool((fine >= 0).all()):
-            return fine
-        return narrow(torch.where(fine >= 0, fine, coarse))
 
     def _roots(self, t: Tensor) -> Ints:
         return self.atoms.find(t.numpy())
@@ -430,7 +423,7 @@ class Context:
             elif varying(block):
                 neurons = self._meet(neurons, block)
         for p in label.fixed:
-            fixed = self._tell_apart(fixed, self._fold(p, [d for d in gone if d not in ordered], ordered))
+            fixed = self._tell_apart(fixed, fold(p, [d for d in gone if d not in ordered], ordered))
         shape = tuple(1 if d in dims else s for d, s in enumerate(label.shape))
         out = replace(label, shape=shape, neurons=tuple(neurons), fixed=tuple(fixed))
         return out if keepdim else self.squeeze(out, dims)
@@ -445,20 +438,6 @@ class Context:
         shape = tuple(label.shape[d] for d in keep)
         return replace(label, shape=shape, neurons=tuple(map(drop, label.neurons)), fixed=tuple(map(drop, label.fixed)))
 
-    def _fold(self, p: Tensor, gone: Sequence[int], ordered: Sequence[int] = ()) -> Tensor:
-        """Fixed identities summed out: as a multiset over ``gone``, as a sequence over ``ordered``."""
-        gone = [d for d in gone if p.shape[d] > 1]
-        ordered = [d for d in ordered if p.shape[d] > 1]
-        if not gone and not ordered:
-            return p
-        p = hashed(p)
-        if gone:
-            p = hashed(p.sum(gone, keepdim=True))
-        for d in ordered:
-            index = torch.arange(p.shape[d]).reshape([-1 if k == d else 1 for k in range(p.dim())])
-            p = hashed((hashed(p) * hashed(index)).sum(d, keepdim=True))
-        return narrow(p)
-
     def _tell_by(self, t: Tensor, label: Label, summed: Sequence[int]) -> None:
         """Before neurons of a label are reduced away: those met at other fixed places are not alike.
 
@@ -469,7 +448,7 @@ class Context:
         for p in label.fixed:
             if overlap(t, p):
                 others = [d for d in varying(p) if t.shape[d] == 1]
-                beside = self._fold(p, [d for d in others if d in summed], [d for d in others if d not in summed])
+                beside = fold(p, [d for d in others if d in summed], [d for d in others if d not in summed])
                 told = self._tell_apart(told, beside)
         for p in told:
             x, marks = unique_pairs(self._roots(t), p.numpy())
