@@ -71,7 +71,7 @@ def _close(found: Interpretation) -> AxisClasses:
                 break
             if first.size > 1 and chosen < _CHOICES:
                 chosen += 1
-                atoms.tag(first, atoms.mark(), _PRODUCTS)
+                atoms.tag(first, np.full(len(first), atoms.mark()), _PRODUCTS)
             else:
                 atoms.pin(shared, _PRODUCTS)
         facts.unite(root, colour)
