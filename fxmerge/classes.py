@@ -90,13 +90,13 @@ def _absorb(atoms: Any, colour: Ints, child: Ints, block: Ints, root: Ints) -> b
     if not child.size:
         return False
     counts = dict(zip(*np.unique(colour[unique(root)], return_counts=True), strict=True))
-    above: dict[int, list[int]] = {}
-    for c, b in zip(child.tolist(), block.tolist(), strict=True):
-        above.setdefault(c, []).append(b)
     moving = np.array([counts[c] > 1 for c in colour[block]])  # what is alone in its kind stays anyway
     child, block = child[moving], block[moving]
     if not child.size:
         return False
+    above: dict[int, list[int]] = {}
+    for c, b in zip(child.tolist(), block.tolist(), strict=True):
+        above.setdefault(c, []).append(b)
     shade, held, where = pair_ranks(colour[child], block)
     members = np.zeros(len(held), np.int64)
     np.add.at(members, where, mix(child))
