@@ -18,7 +18,7 @@ from torch import nn
 from fxmerge.atoms import Ints, connected, distinct, mix, pair_ranks, unique, unique_pairs
 from fxmerge.colours import Facts
 from fxmerge.errors import UnknownOpError
-from fxmerge.interpret import Interpretation
+from fxmerge.interpret import Interpretation, interpret
 from fxmerge.ir import AxisClass, AxisClasses, Traced
 from fxmerge.places import find_sites, find_taps
 from fxmerge.sides import facing, sides
@@ -38,8 +38,7 @@ def infer_classes(module: nn.Module | Traced, example_inputs: Any = None, *, str
         UnknownOpError: under ``strict``, naming node and operation.
     """
     traced = module if isinstance(module, Traced) else trace(module, example_inputs)
-    interpretation = Interpretation(traced)
-    interpretation.run()
+    interpretation = interpret(traced)
     if strict and interpretation.unknown_ops:
         node, op = interpretation.unknown_ops[0]
         raise UnknownOpError(

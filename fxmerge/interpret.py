@@ -37,12 +37,32 @@ def _key(t: Tensor) -> tuple[Any, ...]:
     return (t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape), tuple(t.stride()), t.dtype)
 
 
-class Interpretation(Context):
-    """Labels of every value of one traced module. ``seen`` has (node, dimension, atoms along it) of node outputs."""
+class ValuesNeededError(Exception):
+    """The graph has shapes that follow from numbers, such as how many boxes were kept."""
 
-    def __init__(self, traced: Traced) -> None:
+
+def interpret(traced: Traced) -> Interpretation:
+    """The graph, run on labels. These need no numbers, so that contractions are computed where shapes ask for it."""
+    found = Interpretation(traced)
+    try:
+        found.run()
+    except Exception:  # what is wrong is told by a run that leaves nothing out
+        found = Interpretation(traced, exact=True)
+        found.run()
+    return found
+
+
+class Interpretation(Context):
+    """Labels of every value of one traced module. ``seen`` has (node, dimension, atoms along it) of node outputs.
+
+    Args:
+        traced: the module.
+        exact: compute all values.
+    """
+
+    def __init__(self, traced: Traced, exact: bool = False) -> None:
         super().__init__(Atoms())
-        self.traced = traced
+        self.traced, self.exact = traced, exact
         self.unknown_ops: list[tuple[str, str]] = []
         self.seen: list[tuple[str, int, np.ndarray]] = []
         self.slots = np.zeros(0, np.int64)
@@ -269,7 +289,9 @@ def _same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
 
 _CONVOLUTIONS = frozenset(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))
 _WEIGHTS = _CONVOLUTIONS | {"torchvision::deform_conv2d"}
-_HEAVY = frozenset(f"aten::{name}" for name in (*_CONVOLUTIONS, "linear", "matmul"))
+_HEAVY = frozenset(
+    f"aten::{name}" for name in (*_CONVOLUTIONS, "linear", "matmul", "bmm", "einsum", "scaled_dot_product_attention")
+)
 _TRAINED = frozenset("running_mean running_var weight bias weight_u weight_v _u _v".split())
 """Names under which layers keep trained state in buffers: frozen and running statistics, singular vectors."""
 
@@ -298,21 +320,21 @@ class _Watch(SchemaCheckMode):
         return result
 
     def _shaped(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Labels need no numbers: a contraction of labelled values is not computed, only its shape is.
-
-        Recorded graphs may hold shapes that follow from values (the boxes that were kept), so these run as they are.
-        """
-        recorded = self._interpretation.traced.origin == "recorded"
-        if recorded or all(self._interpretation.is_constant(t) for t in args if isinstance(t, Tensor)):
+        """A contraction of labelled values is not computed, only its shape is."""
+        found = self._interpretation
+        if found.exact or all(found.is_constant(t) for t in leaves(args) if isinstance(t, Tensor)):
             return func(*args, **kwargs)
-        x, w = args[:2]
-        if func._schema.name == "aten::linear":
+        name, (x, w) = func._schema.name, args[:2]
+        if name == "aten::linear":
             return x.new_zeros((*x.shape[:-1], *w.shape[:-1]))
-        if func._schema.name == "aten::matmul":
+        if name == "aten::matmul":
             batch = torch.broadcast_shapes(x.shape[:-2], w.shape[:-2])
             return x.new_zeros((*batch, *x.shape[-2:-1], *(w.shape[-1:] if w.dim() > 1 else ())))
-        shape = func(*(t.to("meta") if isinstance(t, Tensor) else t for t in args), **kwargs)
-        return x.new_zeros(shape.shape)
+        if name == "aten::scaled_dot_product_attention":
+            return x.new_zeros((*x.shape[:-1], args[2].shape[-1]))
+        given = pytree.tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, args)
+        like = next(t for t in leaves(args) if isinstance(t, Tensor))
+        return like.new_zeros(func(*given, **kwargs).shape)
 
 
 class _Runner(fx.Interpreter):
@@ -323,8 +345,11 @@ class _Runner(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self._interpretation.place = n.name
         value = super().run_node(n)
+        found = self._interpretation
+        if not found.exact and isinstance(value, Tensor) and value.shape != found.traced.shapes[n.name]:
+            raise ValuesNeededError(f"{n.name} is of shape {list(value.shape)}")
         with no_python_dispatcher():
-            self._interpretation.see(n, value)
+            found.see(n, value)
         return value
 
 

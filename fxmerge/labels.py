@@ -98,7 +98,10 @@ class Context(Meeting):
         """A symmetric reduction (sum, mean, max, ..) over ``dims``: what is reduced over must permute as one set."""
         dims = tuple(sorted({d % label.ndim for d in dims}))
         gone = [d for d in dims if label.shape[d] > 1]
-        kept, told = self._boxed(label.neurons, self._turns(list(label.fixed), label.neurons))
+        self._summed = gone
+        turned = self._turns(list(label.fixed), label.neurons)
+        self._summed = ()
+        kept, told = self._boxed(label.neurons, turned)
         label = replace(label, neurons=tuple(kept), fixed=tuple(told))
         # where more than one thing is told of entries, it matters which goes with which
         ordered = [d for d in gone if sum(t.shape[d] > 1 for t in (*label.neurons, *label.fixed)) > 1]
@@ -237,9 +240,9 @@ class Context(Meeting):
             fixed = tuple(map(lay, label.fixed))
             return replace(label, shape=shape, neurons=tuple(map(lay, label.neurons)), fixed=fixed)
 
-        self._summed = len(out)
+        self._summed = range(len(out), len(order))
         joint = self.align(*(place(*o) for o in operands), shape=[sizes[n] for n in order])
-        self._summed = None
+        self._summed = ()
         return replace(self.reduce(joint, range(len(out), len(order))), why="position")
 
     def _note_reads(self, operands: Sequence[tuple[Label, Sequence[Hashable]]], inner: set[Hashable]) -> None:

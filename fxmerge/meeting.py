@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +29,7 @@ class Meeting:
         self.place = "the graph"  # the node at work, for reasons
         self._places: dict[tuple[int, int], Tensor] = {}
         self.met: list[tuple[Tensor, Tensor, bool]] = []  # what met entry by entry, and whether to be summed over
-        self._summed: int | None = None  # the first dimension that is
+        self._summed: Collection[int] = ()  # the dimensions that are
         self.sorted: list[tuple[Tensor, Tensor, str]] = []  # rows, the atoms in whose order they stand, and where
 
     # -- making labels -------------------------------------------------------------------------------------------
@@ -222,8 +222,7 @@ class Meeting:
         """Relates two label tensors and says which determines the other: "left", "right" or "both" (neither)."""
         if left is right:
             return "left"
-        inner = range(left.dim() if self._summed is None else self._summed, left.dim())
-        self.met.append((left, right, any(left.shape[d] > 1 and right.shape[d] > 1 for d in inner)))
+        self.met.append((left, right, any(left.shape[d] > 1 and right.shape[d] > 1 for d in self._summed)))
         x, y = np.broadcast_arrays(self._roots(left), self._roots(right))
         x, y = x.ravel(), y.ravel()
         small = "left" if left.numel() <= right.numel() else "right"
@@ -286,7 +285,7 @@ class Meeting:
     def _share_sums(self, x: Tensor, y: Tensor) -> bool:
         """Whether two tensors share what is to be summed over, and each varies where the other does not."""
         one, two = set(varying(x)), set(varying(y))
-        return self._summed is not None and max(one & two) >= self._summed and not (one <= two or two <= one)
+        return bool(one & two & {*self._summed}) and not (one <= two or two <= one)
 
     def _given(self, t: Tensor, fixed: Tensor, why: str) -> bool:
         """Whether a fixed identity alone determines the neuron; then the neuron cannot move, and is marked so."""
