@@ -10,7 +10,8 @@ head, a group). Rules say three things about atoms and nothing else:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +107,38 @@ def connected(x: Ints, y: Ints) -> tuple[Ints, Ints]:
     ids, ends = ranks(np.concatenate([x, y]))
     a, b = np.split(ends, 2)
     return ids, connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(len(ids),) * 2), directed=False)[1]
+
+
+def independent(*columns: Ints) -> bool:
+    """Whether, within every connected part, all values of each column meet all values of the others equally often.
+
+    Then each may be permuted by itself. That all pairs of columns are so does not say it of three: of the rows, columns
+    and diagonals of a table, any two tell the third (see ``entangled``).
+    """
+    ranked = [ranks(c)[1] for c in columns]
+    width = 1 + max(int(r.max()) for r in ranked)
+    pairs = [np.stack([ranked[0], r + k * width]) for k, r in enumerate(ranked[1:], 1)]
+    ids, part = connected(*np.concatenate(pairs, 1))
+    here = part[np.searchsorted(ids, ranked[0])]  # the part that every row is in
+    code = here
+    for r in ranked:
+        _, _, code = pair_ranks(code, r)
+    count = np.bincount(code)
+    at = np.zeros(len(count), np.int64)
+    at[code] = here
+    parts = int(part.max()) + 1
+    most = np.ones(parts, np.int64)
+    for r in ranked:
+        most *= np.bincount(unique(here * width + r) // width, minlength=parts)
+    least, largest = np.full(parts, len(here)), np.zeros(parts, np.int64)
+    np.minimum.at(least, at, count)
+    np.maximum.at(largest, at, count)
+    return bool((np.bincount(at, minlength=parts) == most).all() and (least == largest).all())
+
+
+def entangled(three: Sequence[Ints]) -> bool:
+    """Whether any two of three columns tell nothing of each other, but together the third."""
+    return all(independent(*two) for two in combinations(three, 2)) and not independent(*three)
 
 
 class Atoms:

@@ -9,13 +9,14 @@ refinement, and on trees (heads, groups) and products (a scale shared by all hea
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from fxmerge.atoms import Ints, connected, distinct, mix, pair_ranks, unique, unique_pairs
+from fxmerge.atoms import Ints, connected, distinct, entangled, mix, pair_ranks, unique, unique_pairs
 from fxmerge.colours import Facts
 from fxmerge.errors import UnknownOpError
 from fxmerge.interpret import Interpretation, interpret
@@ -177,6 +178,11 @@ def _nest(found: Interpretation, colour: Ints, child: Ints, block: Ints) -> bool
     for k, c in enumerate(inner.tolist()):
         above.setdefault(c, []).append(k)
     for ks in above.values():
+        columns = [block[where == k] for k in ks if distinct(child[where == k])]
+        for three in combinations(columns, 3):
+            if len({len(c) for c in three}) == 1 and entangled(three):
+                atoms.pin(np.concatenate(three), "entangled with others")
+                changed = True
         for n, k in enumerate(ks):
             for other in ks[:n]:
                 at, to = where == k, where == other

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxmerge.atoms import distinct, mix, unique, unique_pairs
+from fxmerge.atoms import distinct, mix, ranks, unique, unique_pairs
 from fxmerge.label import Label, combine, fold, narrow, overlap, varying
 from fxmerge.meeting import Meeting
 
@@ -168,7 +168,8 @@ class Context(Meeting):
             if (roots >= 0).all():  # under its first name, which says where the others are
                 return narrow(t[tuple(slice(0, 1) if d in over else slice(None) for d in range(t.dim()))]), False
             return narrow(torch.from_numpy(one)), False
-        ids = unique(roots[roots >= 0])
+        ids, where = ranks(roots[roots >= 0])
+        self._mark(ids, mix(np.bincount(where)), f"position ({self.place})")
         self.atoms.tag(ids, np.full(len(ids), self.atoms.mark()))  # members of the set differ from non-members
         sums = mix(roots).sum(axis=over, keepdims=True)
         none = torch.full((1,) * t.dim(), -1)

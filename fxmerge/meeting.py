@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from fxmerge.atoms import Atoms, Ints, distinct, mix, mix_int, ranks, unique, unique_pairs
+from fxmerge.atoms import (
+    Atoms,
+    Ints,
+    connected,
+    distinct,
+    entangled,
+    independent,
+    mix,
+    mix_int,
+    ranks,
+    unique,
+    unique_pairs,
+)
 from fxmerge.ir import Site
 from fxmerge.label import Label, Order, combine, cover, hashed, in_boxes, narrow, overlap, varying
 from fxmerge.slots import turns
@@ -187,6 +198,12 @@ class Meeting:
                 fixed = self._tell_apart(fixed, hashed(t))
             else:
                 kept.append(t)
+        told = [(t.numpy(), self._roots(t)) for t in kept] + [(t.numpy()[:0], t.numpy()) for t in fixed]
+        for three in combinations(told, 3) if kept else ():
+            if not any(min(sizes) > 1 for sizes in zip(*(marks.shape for _, marks in three), strict=True)):
+                continue
+            if entangled([c.ravel() for c in np.broadcast_arrays(*(marks for _, marks in three))]):
+                self.atoms.pin(np.concatenate([names.ravel() for names, _ in three]), f"entangled at {self.place}")
         return kept, fixed
 
     def _meet(self, known: list[Tensor], new: Tensor, number: int = 0) -> list[Tensor]:
@@ -241,7 +258,7 @@ class Meeting:
 
     def relate(self, x: Ints, y: Ints) -> str:
         """Atoms x[i] and y[i] meet. Which determines the other: "same" (each), "left", "right" or "both" (neither)."""
-        atoms = self.atoms
+        atoms, met = self.atoms, (x, y)
         one_y, one_x = distinct(x), distinct(y)
         if not (one_y and one_x):
             x, y = unique_pairs(x, y)
@@ -257,16 +274,11 @@ class Meeting:
             else:
                 atoms.under(fine, coarse)
             return "left" if one_y else "right"
-        (xs, i), (ys, j) = ranks(x), ranks(y)
-        count = len(xs) + len(ys)
-        graph = coo_array((np.ones(len(i)), (i, len(xs) + j)), shape=(count, count))
-        parts, part = connected_components(graph, directed=False)
-        sizes = np.bincount(part[: len(xs)], minlength=parts) * np.bincount(part[len(xs) :], minlength=parts)
-        if (sizes == np.bincount(part[i], minlength=parts)).all():
-            if parts > 1:  # all meet all, within blocks
-                atoms.blocks(np.concatenate([xs, ys]), part)
-        else:
-            atoms.pin(np.concatenate([xs, ys]), f"entangled at {self.place}")
+        ids, part = connected(x, y)
+        if not independent(*met):
+            atoms.pin(ids, f"entangled at {self.place}")
+        elif part.max() > 0:  # all meet all, within blocks
+            atoms.blocks(ids, part)
         return "both"
 
     def _tell_apart(self, known: list[Tensor], new: Tensor) -> list[Tensor]:

@@ -1386,6 +1386,44 @@ class CirculantGate(Circulant):
         return self.head(x) * gate[:, None]
 
 
+class Table(nn.Module):
+    """Three vectors that are read at the rows, columns and diagonals of a square, entry by entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.columns, self.diagonals = (nn.Parameter(torch.randn(5)) for _ in range(3))
+        self.stem, self.head = nn.Linear(5, 25), nn.Linear(25, 3)
+        i, j = torch.arange(25) // 5, torch.arange(25) % 5
+        for name, index in {"row": i, "column": j, "diagonal": (i - j) % 5, "some": i.clamp_max(2)}.items():
+            self.register_buffer(name, index)
+
+
+@network(f(5) * f(5), TOKENS)  # rows and columns of their own accord
+class RowsAndColumns(Table):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.stem(x) * self.rows[self.row] * self.columns[self.column]))
+
+
+@network(100, TOKENS, exact=False)  # what two say tells the third: they may only turn together
+class RowsColumnsAndDiagonals(Table):
+    def forward(self, x: Tensor) -> Tensor:
+        known = self.rows[self.row] * self.columns[self.column] + self.diagonals[self.diagonal]
+        return self.head(torch.tanh(self.stem(x) * known))
+
+
+@network(100, TOKENS, exact=False)  # the same where all is summed at once
+class SquareInOneNumber(Table):
+    def forward(self, x: Tensor) -> Tensor:
+        known = self.rows[self.row] * self.columns[self.column] + self.diagonals[self.diagonal]
+        return x[..., :3] * self.head.bias * torch.tanh(known).sum()
+
+
+@network(f(2), TOKENS)  # two are read five times, one fifteen times, two not at all
+class UnevenlyRead(Table):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., :3] * torch.tanh(self.rows[self.some]).sum()
+
+
 @network(f(8), TOKENS)  # pooled along tokens alone
 class PooledTokens(nn.Module):
     def __init__(self) -> None:
