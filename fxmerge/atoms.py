@@ -110,30 +110,30 @@ def connected(x: Ints, y: Ints) -> tuple[Ints, Ints]:
 
 
 def independent(*columns: Ints) -> bool:
-    """Whether, within every connected part, all values of each column meet all values of the others equally often.
+    """Whether, within every connected part, a row holds a value of one column as often whatever the others hold.
 
-    Then each may be permuted by itself. That all pairs of columns are so does not say it of three: of the rows, columns
-    and diagonals of a table, any two tell the third (see ``entangled``).
+    Then each column's values may be permuted by themselves. That all pairs of columns are so does not say it of three:
+    of the rows, columns and diagonals of a table, any two tell the third (see ``entangled``).
     """
     ranked = [ranks(c)[1] for c in columns]
     width = 1 + max(int(r.max()) for r in ranked)
     pairs = [np.stack([ranked[0], r + k * width]) for k, r in enumerate(ranked[1:], 1)]
     ids, part = connected(*np.concatenate(pairs, 1))
-    here = part[np.searchsorted(ids, ranked[0])]  # the part that every row is in
-    code = here
+    part = part[np.searchsorted(ids, ranked[0])]  # of every row
+    code, expected, met = part, 1.0, np.bincount(part).astype(float)
+    total, possible = met[part], np.ones(len(met))
     for r in ranked:
         _, _, code = pair_ranks(code, r)
-    count = np.bincount(code)
-    at = np.zeros(len(count), np.int64)
-    at[code] = here
-    parts = int(part.max()) + 1
-    most = np.ones(parts, np.int64)
-    for r in ranked:
-        most *= np.bincount(unique(here * width + r) // width, minlength=parts)
-    least, largest = np.full(parts, len(here)), np.zeros(parts, np.int64)
-    np.minimum.at(least, at, count)
-    np.maximum.at(largest, at, count)
-    return bool((np.bincount(at, minlength=parts) == most).all() and (least == largest).all())
+        expected = expected * np.bincount(r)[r] / total
+        possible *= np.bincount(part[_first(r)], minlength=len(met))
+    found = np.bincount(code)
+    complete = np.bincount(part[_first(code)], minlength=len(met)) == possible
+    return bool(complete.all() and np.allclose(found[code], expected * total, rtol=1e-9, atol=0))
+
+
+def _first(rank: Ints) -> Ints:
+    """Where each rank stands first."""
+    return np.unique(rank, return_index=True)[1]
 
 
 def entangled(three: Sequence[Ints]) -> bool:

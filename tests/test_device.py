@@ -23,7 +23,7 @@ HOST = {
     "matching": "scores of blocks, which are assigned on the CPU",
     "descent": "whether a step gained",
     "cells": "quality; cells of blocks",
-    "labels": "values of constants",
+    "meeting": "values of constants",
     "matchers": "couplings go to the CPU",
     "regression": "whether a fit is better",
     "collect": "once, when all is summed",
