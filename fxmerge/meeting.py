@@ -192,19 +192,25 @@ class Meeting:
         """
         kept = []
         for k, t in enumerate(neurons):
-            others = (*neurons[:k], *neurons[k + 1 :], *fixed)
-            if len(varying(t)) > 1 and any(overlap(t, u) for u in others) and not in_boxes(t.numpy()):
+            others = (*neurons[:k], *neurons[k + 1 :], *fixed) if len(varying(t)) > 1 else ()
+            if any(overlap(t, u) for u in others) and not in_boxes(t.numpy()):
                 self.atoms.pin(t.numpy().ravel(), f"stands in a pattern at {self.place}")
                 fixed = self._tell_apart(fixed, hashed(t))
             else:
                 kept.append(t)
-        told = [(t.numpy(), self._roots(t)) for t in kept] + [(t.numpy()[:0], t.numpy()) for t in fixed]
-        for three in combinations(told, 3) if kept else ():
-            if not any(min(sizes) > 1 for sizes in zip(*(marks.shape for _, marks in three), strict=True)):
-                continue
-            if entangled([c.ravel() for c in np.broadcast_arrays(*(marks for _, marks in three))]):
-                self.atoms.pin(np.concatenate([names.ravel() for names, _ in three]), f"entangled at {self.place}")
+        self._pin_entangled(kept, fixed)
         return kept, fixed
+
+    def _pin_entangled(self, neurons: Sequence[Tensor], fixed: Sequence[Tensor]) -> None:
+        """Neurons of which any two tell the third, or tell what is fixed, stay in place."""
+        told = [(t, t.numpy().ravel()) for t in neurons] + [(p, np.zeros(0, np.int64)) for p in fixed]
+        for three in combinations(told, 3):
+            names = np.concatenate([names for _, names in three])
+            if not names.size or max(map(min, *(t.shape for t, _ in three)), default=0) < 2:
+                continue
+            marks = (self._roots(t) if own.size else t.numpy() for t, own in three)
+            if entangled([c.ravel() for c in np.broadcast_arrays(*marks)]):
+                self.atoms.pin(names, f"entangled at {self.place}")
 
     def _meet(self, known: list[Tensor], new: Tensor, number: int = 0) -> list[Tensor]:
         """``known`` with ``new`` related to each of its members, and what another member implies left out.
