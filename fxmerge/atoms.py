@@ -115,11 +115,7 @@ def independent(*columns: Ints) -> bool:
     Then each column's values may be permuted by themselves. That all pairs of columns are so does not say it of three:
     of the rows, columns and diagonals of a table, any two tell the third (see ``entangled``).
     """
-    ranked = [ranks(c)[1] for c in columns]
-    width = 1 + max(int(r.max()) for r in ranked)
-    pairs = [np.stack([ranked[0], r + k * width]) for k, r in enumerate(ranked[1:], 1)]
-    ids, part = connected(*np.concatenate(pairs, 1))
-    part = part[np.searchsorted(ids, ranked[0])]  # of every row
+    ranked, part = [ranks(c)[1] for c in columns], _parts(columns)
     code, expected, met = part, 1.0, np.bincount(part).astype(float)
     total, possible = met[part], np.ones(len(met))
     for r in ranked:
@@ -131,14 +127,25 @@ def independent(*columns: Ints) -> bool:
     return bool(complete.all() and np.allclose(found[code], expected * total, rtol=1e-9, atol=0))
 
 
+def _parts(columns: Sequence[Ints]) -> Ints:
+    """The connected part that every row is in: rows are in one where they have a value of any column in common."""
+    ranked = [ranks(c)[1] for c in columns]
+    width = 1 + max(int(r.max()) for r in ranked)
+    pairs = [np.stack([ranked[0], r + k * width]) for k, r in enumerate(ranked[1:], 1)]
+    ids, part = connected(*np.concatenate(pairs, 1))
+    return part[np.searchsorted(ids, ranked[0])]
+
+
 def _first(rank: Ints) -> Ints:
     """Where each rank stands first."""
     return np.unique(rank, return_index=True)[1]
 
 
 def entangled(three: Sequence[Ints]) -> bool:
-    """Whether any two of three columns tell nothing of each other, but together the third."""
-    return all(independent(*two) for two in combinations(three, 2)) and not independent(*three)
+    """Whether any two of three columns tell nothing of each other, part by part, but together the third."""
+    parts = len(unique(_parts(three)))
+    pairs = combinations(three, 2)
+    return all(len(unique(_parts(p))) == parts and independent(*p) for p in pairs) and not independent(*three)
 
 
 class Atoms:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from functools import cache
 from math import factorial
 from typing import Any
 
+import networkx as nx
+import numpy as np
 import pytest
 import torch
 from networks import NETWORKS, POINT, Case, randomise
@@ -15,6 +21,7 @@ from oracle import contains, describe, find_symmetries, group_order
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.atoms import entangled, independent
 from fxmerge.running import Doubled
 
 KNOWN = [name for name, case in NETWORKS.items() if not case.unknown]
@@ -324,3 +331,42 @@ def test_which_entry_of_a_neuron_is_chosen_matters(chosen, groups, free) -> None
     classes = fxmerge.infer_classes(network, torch.randn(4, 3).double())
     assert max(fxmerge.verify(network, classes, seed=seed).error for seed in range(4)) <= 1e-9, classes
     assert classes.free == free, classes
+
+
+def joint_is_the_product_of_its_margins(columns: Sequence[np.ndarray]) -> bool:
+    """By definition, part by part, in exact fractions."""
+    rows = list(zip(*(c.tolist() for c in columns), strict=True))
+    graph = nx.Graph([((0, row[0]), (k, value)) for row in rows for k, value in enumerate(row)])
+    for part in nx.connected_components(graph):
+        inside = [row for row in rows if (0, row[0]) in part]
+        margins = [Counter(row[k] for row in inside) for k in range(len(columns))]
+        joint = Counter(inside)
+        for row in itertools.product(*margins):
+            share = math.prod(Fraction(m[v], len(inside)) for m, v in zip(margins, row, strict=True))
+            if joint[row] != share * len(inside):
+                return False
+    return True
+
+
+def test_independence_is_what_its_definition_says() -> None:
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(400):
+        sizes = rng.integers(1, 4, rng.integers(2, 4))
+        columns = list(np.indices(sizes).reshape(len(sizes), -1))  # all with all
+        if rng.random() < 0.4:  # in two blocks
+            columns = [np.concatenate([c, c + 5]) for c in columns]
+        if rng.random() < 0.4:  # one of the rows twice
+            columns = [np.concatenate([c, c[:1]]) for c in columns]
+        if rng.random() < 0.4:  # anything
+            columns = [rng.integers(0, 3, 8) for _ in columns]
+        found.append(independent(*columns))
+        assert found[-1] == joint_is_the_product_of_its_margins(columns), columns
+    assert 50 < sum(found) < 350
+
+
+def test_rows_columns_and_diagonals_are_entangled() -> None:
+    i, j = np.indices((5, 5)).reshape(2, -1)
+    assert entangled([i, j, (i - j) % 5])
+    assert not entangled([i, j, i])
+    assert not entangled([*np.indices((5, 5, 2)).reshape(3, -1)])
