@@ -157,6 +157,7 @@ class Meeting:
         free = [
             t for t in merged if not any(overlap(t, p) and self._given(t, p, self._reason(labels, t)) for p in fixed)
         ]
+        self._pin_entangled(free, fixed)
         return Label(shape, tuple(free), tuple(fixed), combine(x.kind for x in labels), learned, why)
 
     @staticmethod
@@ -198,18 +199,20 @@ class Meeting:
                 fixed = self._tell_apart(fixed, hashed(t))
             else:
                 kept.append(t)
-        self._pin_entangled(kept, fixed)
         return kept, fixed
 
     def _pin_entangled(self, neurons: Sequence[Tensor], fixed: Sequence[Tensor]) -> None:
-        """Neurons of which any two tell the third, or tell what is fixed, stay in place."""
+        """Neurons of which any two tell the third, or tell what is fixed, along the dimensions of all three, stay."""
         told = [(t, t.numpy().ravel()) for t in neurons] + [(p, np.zeros(0, np.int64)) for p in fixed]
         for three in combinations(told, 3):
             names = np.concatenate([names for _, names in three])
-            if not names.size or max(map(min, *(t.shape for t, _ in three)), default=0) < 2:
+            common = tuple(
+                slice(None) if min(sizes) > 1 else 0 for sizes in zip(*(t.shape for t, _ in three), strict=True)
+            )
+            if not names.size or not any(isinstance(at, slice) for at in common):
                 continue
-            marks = (self._roots(t) if own.size else t.numpy() for t, own in three)
-            if entangled([c.ravel() for c in np.broadcast_arrays(*marks)]):
+            marks = ((self._roots(t) if own.size else t.numpy())[common] for t, own in three)
+            if entangled([m.ravel() for m in marks]):
                 self.atoms.pin(names, f"entangled at {self.place}")
 
     def _meet(self, known: list[Tensor], new: Tensor, number: int = 0) -> list[Tensor]:
