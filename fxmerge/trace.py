@@ -173,8 +173,9 @@ def _suspects(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def non_finite(tensor: Tensor) -> int:
-    """How many entries are NaN or infinite; none where a buffer is an attention mask of zeros and -inf."""
+    """How many entries are NaN or infinite; none where a buffer is a mask of zeros and -inf, or an infinite limit."""
     tensor, trained = tensor.detach(), isinstance(tensor, nn.Parameter)
-    if not trained and ((tensor == 0) | (tensor == -torch.inf)).all():  # an attention mask, meant so
+    meant = tensor.isinf() if tensor.numel() == 1 else (tensor == 0) | (tensor == -torch.inf)
+    if not trained and meant.all():
         return 0
     return int((~tensor.isfinite()).sum())

@@ -464,3 +464,13 @@ def test_as_call_and_to_device():
     assert moved["a"][0].dtype == torch.float64
     assert moved["a"][1][0].dtype == torch.int64
     assert moved["a"][1][1] == "text"
+
+
+def test_infinite_limits_and_masks_are_meant_so():
+    module = Flat()
+    module.register_buffer("limit", torch.tensor(float("inf")))
+    module.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+    trace(module, torch.rand(2, 1, 28, 28))
+    module.mask[0] = float("nan")
+    with pytest.raises(InputError, match="'mask' of Flat holds 2 NaN or infinite"):
+        trace(module, torch.rand(2, 1, 28, 28))
