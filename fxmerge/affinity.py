@@ -122,29 +122,13 @@ def from_weights(
 ) -> Affinity | None:
     """Of the weights that write and read class ``k``, their other axes in the fused network's coordinates.
 
-    ``touched`` is every parent's ``by_tensor()``.
-
-    ``who``: the parents to compare (default: all).
+    Args:
+        touched: every parent's ``by_tensor()``.
+        who: the parents to compare; default all.
 
     Only tensors whose other axes are ``settled`` are compared, and none that is ``silent``; None where there is none.
     """
     chosen = list(range(len(parents))) if who is None else list(who)
-    found = _gram(parents, touched, states, k, settled, silent, chosen)
-    if found is None:
-        return None
-    return Affinity(found, found, None, tuple(parents[p][k].size for p in chosen), 0)
-
-
-def _gram(
-    parents: Sequence[AxisClasses],
-    touched: Sequence[Mapping[str, Sequence[Entry]]],
-    states: Sequence[Mapping[str, Tensor]],
-    k: int,
-    settled: Mapping[int, Coupling],
-    silent: frozenset[str],
-    chosen: Sequence[int],
-) -> Tensor | None:
-    """[N, N] in float64."""
     maps = Maps(settled)
     trained = {n for n, _ in parents[0].traced.source.named_parameters(remove_duplicate=False)}
     found: Tensor | None = None
@@ -174,7 +158,7 @@ def _gram(
         if len({f.shape[1] for f in features}) == 1:
             x = torch.cat(features)
             found = x @ x.T if found is None else found.addmm_(x, x.T)
-    return found
+    return None if found is None else Affinity(found, found, None, tuple(parents[p][k].size for p in chosen), 0)
 
 
 def _places(value: Tensor, axis: int, index: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def _follow_mode(recorder: Recorder, trained: Mapping[tuple[str, str, int], Any]
 def _follow_batch(
     recorder: Recorder, run: Run, module: nn.Module, arguments: Arguments, trained: Mapping[tuple[str, str, int], Any]
 ) -> tuple[fx.GraphModule, str | None]:
-    """The graph for any batch size where a run on twice the batch tells how; else the graph as it is, and why."""
+    """The graph for any batch size where a run on another batch tells how; else the graph as it is, and why."""
     as_it_is = copy.deepcopy(recorder.graph)
     why = _followed(recorder, run, arguments, trained)
     if why is None:

@@ -14,6 +14,7 @@ import operator
 import os
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -44,10 +45,10 @@ def symbolic(
     graph_module, notes = _traced(module, args, kwargs)
     missing = unread(graph_module, module)
     if missing and not stays_on_disk(module):  # the network may have kept what it computed from these
-        with evaluating(module), dropped(module):
+        with suppress(TraceError), evaluating(module), dropped(module):
             again, other = _traced(module, args, kwargs)
-        if len(left := unread(again, module)) < len(missing):
-            graph_module, notes, missing = again, other, left
+            if len(left := unread(again, module)) < len(missing):
+                graph_module, notes, missing = again, other, left
     if missing:
         notes = (*notes, f"not read in eval mode, so not in the graph: {few(missing)}")
     return graph_module, notes
