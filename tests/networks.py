@@ -1411,6 +1411,13 @@ class RowsColumnsAndDiagonals(Table):
         return self.head(torch.tanh(self.stem(x) * known))
 
 
+@network(100, TOKENS, exact=False)  # the same, met one after the other by neurons that each is a block of
+class SquareBlocks(Table):
+    def forward(self, x: Tensor) -> Tensor:
+        known = self.stem(x) * self.rows[self.row] * self.columns[self.column]
+        return self.head(torch.tanh(known * self.diagonals[self.diagonal]))
+
+
 @network(100, TOKENS, exact=False)  # the same where all is summed at once
 class SquareInOneNumber(Table):
     def forward(self, x: Tensor) -> Tensor:
@@ -1422,6 +1429,17 @@ class SquareInOneNumber(Table):
 class UnevenlyRead(Table):
     def forward(self, x: Tensor) -> Tensor:
         return x[..., :3] * torch.tanh(self.rows[self.some]).sum()
+
+
+@network(f(8), TOKENS)  # nothing was found, beside nothing
+class NothingBesideNothing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(torch.tanh(self.stem(x)))
+        return y + torch.cat([y[0, 0, :0], y[1, 0, :0]]).sum()
 
 
 @network(f(8), TOKENS)  # pooled along tokens alone

@@ -373,6 +373,30 @@ def test_copies_with_other_values_keep_nothing_of_the_old_ones():
     assert barrier.loss == pytest.approx([one, two])
 
 
+def test_a_number_that_follows_the_batch_size_in_steps_fixes_it():
+    _, notes = record(net(lambda self, x: self.layer(x) * (len(x) // 2)), (X,), {})
+    assert any("batch size is fixed" in note for note in notes)
+
+
+def test_shapes_that_follow_from_values_are_computed_while_classes_are_inferred():
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.score, self.hidden, self.head = nn.Linear(6, 1), nn.Linear(6, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            rows = x[self.score(x)[:, 0] > self.score.bias]
+            return self.head(torch.tanh(self.hidden(rows))).sum(0, keepdim=True) / max(len(rows), 1)
+
+    module = Chosen()
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    kept = int((module.score(x)[:, 0] > module.score.bias).sum())
+    assert 0 < kept < 8  # all scores zero, as they are where nothing is computed, would keep all or none
+    classes = fxmerge.infer_classes(module, x)
+    assert classes.free == 5
+    assert fxmerge.verify(module, classes).ok
+
+
 # Errors -----------------------------------------------------------------------------------------------------------
 
 
