@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import fxmerge
 from fxmerge.batch import repeated
 from fxmerge.errors import TraceError
+from fxmerge.interpret import interpret
 from fxmerge.record import record
 from fxmerge.running import as_call, call, difference, evaluating, fresh, plain
 from fxmerge.symbolic import symbolic
@@ -393,6 +394,8 @@ def test_shapes_that_follow_from_values_are_computed_while_classes_are_inferred(
     kept = int((module.score(x)[:, 0] > module.score.bias).sum())
     assert 0 < kept < 8  # all scores zero, as they are where nothing is computed, would keep all or none
     classes = fxmerge.infer_classes(module, x)
+    assert interpret(classes.traced).exact
+    assert not interpret(trace(net(branching), X)).exact
     assert classes.free == 5
     assert fxmerge.verify(module, classes).ok
 
