@@ -195,7 +195,7 @@ class Interpretation(Context):
         if touched:
             unread[root[np.concatenate(touched)]] = False
         if unread.any():
-            self.atoms.pin(np.flatnonzero(unread), "not read on the example inputs")
+            self.atoms.pin(np.flatnonzero(unread), _UNREAD)
 
     def see(self, node: fx.Node, value: Any) -> None:
         """Notes in which dimension of a node's output which neurons show."""
@@ -235,7 +235,11 @@ class Interpretation(Context):
         strides = flat[0].stride() if name == "as_strided" and not flat[0].storage_offset() else None
         call = Call(name, function, arguments, tuple(tuple(t.shape) for t in outputs), strides)
         made: Any = None
-        if rule is not None:
+        if outputs and not any(t.numel() for t in outputs):  # nothing was found that a layer might be told of
+            for label in call.labels():
+                self.pin(label, _UNREAD)
+            made = [Label(tuple(t.shape)) for t in outputs]
+        elif rule is not None:
             made = rule(self, call)
         if made is None or made is NotImplemented:
             self.unknown_ops.append((self.place, name))
@@ -287,6 +291,7 @@ def _same(x: Sequence[Tensor], y: Sequence[Tensor]) -> bool:
     return len(x) == len(y) and all(a is b for a, b in zip(x, y, strict=True))
 
 
+_UNREAD = "not read on the example inputs"
 _CONVOLUTIONS = frozenset(f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3))
 _WEIGHTS = _CONVOLUTIONS | {"torchvision::deform_conv2d"}
 _HEAVY = frozenset(

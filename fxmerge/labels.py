@@ -98,8 +98,6 @@ class Context(Meeting):
         """A symmetric reduction (sum, mean, max, ..) over ``dims``: what is reduced over must permute as one set."""
         dims = tuple(sorted({d % label.ndim for d in dims}))
         gone = [d for d in dims if label.shape[d] > 1]
-        if 0 in label.shape:  # nothing was found, and nothing is told by its sum
-            label = replace(label, neurons=(), fixed=())
         self._summed = gone
         turned = self._turns(list(label.fixed), label.neurons)
         self._summed = ()

@@ -1431,15 +1431,17 @@ class UnevenlyRead(Table):
         return x[..., :3] * torch.tanh(self.rows[self.some]).sum()
 
 
-@network(f(8), TOKENS)  # nothing was found, beside nothing
-class NothingBesideNothing(nn.Module):
+@network(f(8), TOKENS, exact=False)  # nothing is found on these inputs, and what would be done to it is not known
+class NothingFound(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.seen, self.hidden, self.found = nn.Linear(5, 7), nn.Linear(7, 4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.head(torch.tanh(self.stem(x)))
-        return y + torch.cat([y[0, 0, :0], y[1, 0, :0]]).sum()
+        rows = torch.tanh(self.seen(x))[:0]
+        more = self.found(torch.tanh(self.hidden(torch.cat([rows, rows]))))
+        return self.head(torch.tanh(self.stem(x))) + more.sum()
 
 
 @network(f(8), TOKENS)  # pooled along tokens alone

@@ -67,7 +67,7 @@ def joined(ctx: Any, call: Any) -> Any:
     """Several tensors side by side."""
     parts = [ctx.lift(x) for x in call["tensors"]]
     if call.name in ("cat", "concat", "concatenate"):
-        parts = [p for p in parts if p.shape != (0,)] or parts[:1]  # torch skips the legacy empty tensor
+        parts = [p for p in parts if p.shape != (0,)]  # torch skips the legacy empty tensor
         dim = call["dim"] % parts[0].ndim
         # one number throughout goes with whichever neurons it stands beside
         beside = next((tuple(t for t in p.neurons if t.shape[dim] == 1) for p in parts if p.neurons), ())
