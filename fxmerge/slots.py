@@ -1,8 +1,9 @@
 """Which entry of one neuron stands for which of another, where neurons have several along one axis.
 
 Channels that are added to channels of the same layer, and the halves of a rotary embedding, are one neuron under two
-names. Where neuron r moves to r', its entries must go to entries of the same part: each of a neuron's names along one
-axis is a *slot*, numbered by the names that it met, then by index. Blocks and marks that were said of an entry remember
+names; so are blocks that were found to be one. Where neuron r moves to r', its entries must go to entries of the same
+part: each of a neuron's names along one axis, or as a block, is a *slot*, numbered by the names that it met, then by
+index. Blocks and marks that were said of an entry remember
 its slot, so that neurons of which other things were said slot for slot are told apart.
 """
 
@@ -67,7 +68,7 @@ def find_slots(atoms: Atoms, met: Sequence[tuple[Tensor, Tensor, bool]]) -> Ints
     everything = np.arange(atoms.size)
     root, origin = atoms.find(everything), atoms.origin(everything)
     several = np.zeros(atoms.size, bool)
-    several[root[(_ranks((everything, origin, root), 2) > 0) & (origin >= 0)]] = True
+    several[root[_ranks((everything, origin, root), 2) > 0]] = True
     slot = np.zeros(atoms.size, np.int64)
     if not several.any():
         return slot

@@ -1444,6 +1444,20 @@ class NothingFound(nn.Module):
         return self.head(torch.tanh(self.stem(x))) + more.sum()
 
 
+@network(f(4), POINT)  # boxes in an order that the data choose: centre and extent become one
+class ChosenBoxes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.boxes = nn.Linear(5, 4), nn.Linear(4, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.boxes(torch.relu(self.stem(x))).view(-1, 3, 4)
+        rows = (rows * torch.arange(1.0, 4)[:, None].to(x)).reshape(-1, 4)
+        left, top, width, height = rows[rows[:, 0].argsort()].unbind(1)
+        found = torch.stack([left - width.exp(), top - height.exp(), left + width.exp(), top + height.exp()], 1)
+        return found[found[:, 0].argsort()]
+
+
 @network(f(8), TOKENS)  # pooled along tokens alone
 class PooledTokens(nn.Module):
     def __init__(self) -> None:
