@@ -207,6 +207,14 @@ class Interpretation(Context):
                 if len(axes) == 1:
                     self.seen.append((node.name, axes[0], t.numpy().ravel()))
 
+    def before_writing(self, args: Sequence[Any]) -> None:
+        """Constants that an operation is about to write labelled values into: what they are is known only now."""
+        if all(self.is_constant(t) for t in leaves(args) if isinstance(t, Tensor)):
+            return
+        for t in (args[0], getattr(args[0], "_base", None)):
+            if isinstance(t, Tensor) and self.is_constant(t):
+                self._remember(t, self.constant(t))
+
     def apply(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """The rule of one operator call: reads the labels of its arguments, writes those of its results."""
         flat = [t for t in leaves((*args, *kwargs.values())) if isinstance(t, Tensor)]
@@ -320,6 +328,8 @@ class _Watch(SchemaCheckMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with no_python_dispatcher():  # whatever runs below this level need not be watched
+            if func._schema.is_mutable:
+                self._interpretation.before_writing(args)
             result = self._shaped(func, args, kwargs) if func._schema.name in _HEAVY else func(*args, **kwargs)
             self._interpretation.apply(func, args, kwargs, result)
         return result

@@ -69,6 +69,8 @@ class Meeting:
         if value.numel() <= 1:
             return Label(shape, kind=kind, learned=True)
         value = value.detach().cpu()
+        if bool((value == value[(0,) * value.ndim]).all()):
+            return Label(shape, kind=kind, learned=True)
         _, ids = torch.unique(torch.view_as_real(value) if value.is_complex() else value, return_inverse=True)
         ids = narrow(ids[..., 0] if value.is_complex() else ids)
         fixed = () if not varying(ids) else (torch.from_numpy(mix(kind + ids.numpy())),)

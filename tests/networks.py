@@ -1458,6 +1458,19 @@ class ChosenBoxes(nn.Module):
         return found[found[:, 0].argsort()]
 
 
+@network(f(8), TOKENS)  # zeros are filled in place, where the data say: what they were is not what they became
+class FilledByData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.shift = nn.Linear(5, 8), nn.Linear(8, 3), nn.Parameter(torch.empty(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.stem(x[0])) + self.shift
+        made = torch.zeros(h.size(0) + 1, 8, dtype=x.dtype, device=x.device)
+        made.index_put_((x[0, :, 0].argsort(),), h)
+        return self.head(made)
+
+
 @network(f(8), TOKENS)  # pooled along tokens alone
 class PooledTokens(nn.Module):
     def __init__(self) -> None:
