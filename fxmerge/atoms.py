@@ -141,11 +141,21 @@ def _first(rank: Ints) -> Ints:
     return np.unique(rank, return_index=True)[1]
 
 
-def entangled(three: Sequence[Ints]) -> bool:
-    """Whether any two of three columns tell nothing of each other, part by part, but together the third."""
-    parts = len(unique(_parts(three)))
-    pairs = combinations(three, 2)
-    return all(len(unique(_parts(p))) == parts and independent(*p) for p in pairs) and not independent(*three)
+def entangled(columns: Sequence[Ints]) -> list[tuple[int, ...]]:
+    """The threes of columns of which any two tell nothing of each other, part by part, but together the third."""
+    numbers = range(len(columns))
+    parts = {
+        pair: len(unique(_parts(two))) if independent(*(two := [columns[k] for k in pair])) else 0
+        for pair in combinations(numbers, 2)
+    }
+    found = []
+    for three in combinations(numbers, 3):
+        first, *others = (parts[pair] for pair in combinations(three, 2))
+        if first and others == [first, first]:
+            own = [columns[k] for k in three]
+            if len(unique(_parts(own))) == first and not independent(*own):
+                found.append(three)
+    return found
 
 
 class Atoms:

@@ -9,7 +9,6 @@ refinement, and on trees (heads, groups) and products (a scale shared by all hea
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -179,9 +178,10 @@ def _nest(found: Interpretation, colour: Ints, child: Ints, block: Ints) -> bool
         above.setdefault(c, []).append(k)
     for ks in above.values():
         columns = [block[where == k] for k in ks if distinct(child[where == k])]
-        for three in combinations(columns, 3):
-            if len({len(c) for c in three}) == 1 and entangled(three):
-                atoms.pin(np.concatenate(three), "entangled with others")
+        for length in {len(c) for c in columns}:
+            like = [c for c in columns if len(c) == length and (c != c[0]).any()]
+            for three in entangled(like):
+                atoms.pin(np.concatenate([like[k] for k in three]), "entangled with others")
                 changed = True
         for n, k in enumerate(ks):
             for other in ks[:n]:

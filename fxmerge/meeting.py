@@ -205,8 +205,8 @@ class Meeting:
 
     def _pin_entangled(self, neurons: Sequence[Tensor], fixed: Sequence[Tensor]) -> None:
         """Neurons of which any two tell the third, or tell what is fixed, along the dimensions of all three, stay."""
-        told = [(t, t.numpy().ravel()) for t in neurons if t.numel()]
-        told += [(p, np.zeros(0, np.int64)) for p in fixed if p.numel()]
+        told = [(t, t.numpy().ravel()) for t in neurons if varying(t)]
+        told += [(p, np.zeros(0, np.int64)) for p in fixed if varying(p)]
         for three in combinations(told, 3):
             names = np.concatenate([names for _, names in three])
             common = tuple(
