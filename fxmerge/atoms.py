@@ -148,7 +148,7 @@ def entangled(columns: Sequence[Ints]) -> list[tuple[int, ...]]:
         pair: len(unique(_parts(two))) if independent(*(two := [columns[k] for k in pair])) else 0
         for pair in combinations(numbers, 2)
     }
-    found = []
+    found: list[tuple[int, ...]] = []
     for three in combinations(numbers, 3):
         first, *others = (parts[pair] for pair in combinations(three, 2))
         if first and others == [first, first]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from fxmerge.ir import AxisClasses, Site
 from fxmerge.matching import Joint, families, match_family
 from fxmerge.stored import Made
 from fxmerge.symmetry import apply
+
+Entry = tuple[Site, int, Tensor]
+"""Where a class is in a tensor: the site, the number of the class, and its neurons' places."""
 
 
 def parameters(
@@ -51,7 +55,7 @@ class _Part:
         self._tensors = {n: e for n, e in classes.by_tensor().items() if n in state}
         self.aliases: dict[str, tuple[str, ...]] = {}
 
-    def by_tensor(self) -> dict[str, list[tuple[Site, int, Tensor]]]:
+    def by_tensor(self) -> dict[str, list[Entry]]:
         return self._tensors
 
 
@@ -190,22 +194,15 @@ class Descent:
             entries = self.entries[name]
             a, b = self.target[name], self.now(name)
             mine = set(family)
-            grouped = next((e for e in entries if e[0].groups > 1 and e[1] in mine), None)
-            if grouped is not None:
-                row = next((e for e in entries if e[0].axis == 0 and e[1] in mine), None)
-                g, inside = grouped[0].groups, a.shape[1]
-                if row is not None and row[1] != grouped[1] and inside > 1:
-                    shape = (g, a.shape[0] // g, inside, -1)
-                    left, right = (t.reshape(shape).double().cpu() for t in (a, b))
-                    if shape[1] > 1:
-                        if self.classes[row[1]].parents != self.classes[grouped[1]].parents:
-                            continue  # one of them lives deeper in the blocks: matched by what other tensors say
-                        joints.append(Joint(row[1], grouped[1], left, right))
+            if pairs := self._grouped(entries, mine) if a.dim() > 1 and a.shape[1] > 1 else []:
+                for row, column in pairs:
+                    if a.shape[0] > column[0].groups:
+                        joints += self._joint(a, b, row, column)
                     else:  # one row a group: the row is the group, and its entries are what there is to compare
-                        at = grouped[2][:, 0]
-                        score = left.reshape(g * inside, -1)[at] @ right.reshape(g * inside, -1)[at].T
-                        scores[grouped[1]] = scores[grouped[1]] + score if grouped[1] in scores else score
-                    continue
+                        x, y = (_rows(t.double().cpu().flatten(0, 1), 0, column[2]) for t in (a, b))
+                        k = column[1]
+                        scores[k] = scores[k] + x @ y.T if k in scores else x @ y.T
+                continue
             for site, k, index in entries:
                 if k not in mine or site.groups > 1:
                     continue
@@ -214,11 +211,40 @@ class Descent:
                     scores[k] = scores[k] + part if k in scores else part
         return scores, joints
 
+    @staticmethod
+    def _grouped(entries: Sequence[Entry], mine: set[int]) -> list[tuple[Entry, Entry]]:
+        """Rows of a grouped weight and columns of its groups, where both are to be matched."""
+        columns = [e for e in entries if e[0].groups > 1 and e[1] in mine]
+        rows = [e for e in entries if e[0].axis == 0 and e[1] in mine]
+        return [(r, c) for c in columns for r in rows if r[1] != c[1]]
+
+    def _joint(self, a: Tensor, b: Tensor, row: Entry, column: Entry) -> list[Joint]:
+        """What a grouped weight says of rows and columns that are in the same blocks; several groups may be one block.
+
+        Nothing where one of them lives deeper in the blocks: it is matched by what other tensors say.
+        """
+        outer, inner = self.classes[row[1]], self.classes[column[1]]
+        if outer.parents != inner.parents:
+            return []
+        blocks, inside = self.classes[outer.parents[0]].size, a.shape[1]
+        places = [
+            i[torch.argsort(c.blocks[:, 0], stable=True)].unflatten(0, (blocks, -1))
+            for c, (_, _, i) in ((outer, row), (inner, column))
+        ]  # [blocks, members of a block, places of each]
+        groups = [p // size for p, size in zip(places, (a.shape[0] // column[0].groups, inside), strict=True)]
+        tensors = [t.double().cpu() for t in (a, b)]
+        found = []
+        for x, y in product(range(places[0].shape[2]), range(places[1].shape[2])):
+            if bool((groups[0][:, :, None, x] == groups[1][:, None, :, y]).all()):
+                at = places[0][:, :, None, x], places[1][:, None, :, y] % inside
+                found.append([t[at].flatten(3) for t in tensors])
+        return [Joint(row[1], column[1], *(torch.cat(t, -1) for t in zip(*found, strict=True)))] if found else []
+
     def _score(
         self,
         a: Tensor,
         b: Tensor,
-        entries: Sequence[tuple[Site, int, Tensor]],
+        entries: Sequence[Entry],
         site: Site,
         k: int,
         index: Tensor,

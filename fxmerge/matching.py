@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -98,7 +99,7 @@ class _Solver:
         values: Mapping[int, Tensor],
     ) -> None:
         self.classes, self.family, self.scores, self.values = classes, family, scores, values
-        self.joints = {j.outer: j for j in joints} | {j.inner: j for j in joints}
+        self.joints = joints
         self.sweeps = 2 if any(len(classes[k].parents) > 1 for k in family) else 1
         self.known: dict[int, Tensor] = {}
         self.below = {k: self._descendants(k) for k in family}
@@ -129,7 +130,7 @@ class _Solver:
 
     def _value(self, found: Mapping[int, Tensor]) -> float:
         total = sum(float(s[torch.arange(len(s)), found[k]].sum()) for k, s in self.scores.items() if k in found)
-        for joint in set(self.joints.values()):
+        for joint in self.joints:
             groups = self.classes[joint.outer].parents[0]
             for i in range(len(joint.left)):
                 ao, ac = self.members[joint.outer, groups][i], self.members[joint.inner, groups][i]
@@ -150,13 +151,12 @@ class _Solver:
                 allowed = self._allowed(c, a, b, parent)
                 if c in done or allowed is None:  # a product whose other side is not settled yet
                     continue
-                joint = self.joints.get(c)
-                if joint is not None and joint.outer in below and joint.inner in below:
-                    masks = [self._allowed(k, *below[k], parent) for k in (joint.outer, joint.inner)]
-                    if masks[0] is not None and masks[1] is not None and parent is not None:
-                        value += self._joint(joint, below, parent, masks[0], masks[1])
-                        done |= {joint.outer, joint.inner}
-                        continue
+                tied = self._tied(c, below)
+                masks = {k: self._allowed(k, *below[k], parent) for k in tied}
+                if len(tied) > 1 and parent is not None and all(m is not None for m in masks.values()):
+                    value += self._jointly({k: below[k] for k in tied}, parent, masks)
+                    done |= set(tied)
+                    continue
                 value += self._class(c, a, b, allowed)
         return value
 
@@ -208,19 +208,30 @@ class _Solver:
             mask &= goal[:, None] == self.classes[c].blocks[b, column][None, :]
         return mask
 
-    def _joint(
-        self, joint: Joint, below: Mapping[int, tuple[Tensor, Tensor]], parent: int, out_mask: Tensor, in_mask: Tensor
+    def _tied(self, c: int, below: Mapping[int, Any]) -> list[int]:
+        """The classes, of those in ``below``, that joints tie to c."""
+        joints = [j for j in self.joints if j.outer in below and j.inner in below]
+        tied = [c]
+        for k in tied:
+            tied += [x for j in joints if k in (j.outer, j.inner) for x in (j.outer, j.inner) if x not in tied]
+        return tied
+
+    def _jointly(
+        self, below: Mapping[int, tuple[Tensor, Tensor]], parent: int, masks: Mapping[int, Tensor | None]
     ) -> float:
-        """Out and in of one group, in turn: each given the other, from what other weights say of them."""
-        (ao, bo), (ac, bc) = below[joint.outer], below[joint.inner]
-        group = [
-            int(self.classes[joint.outer].blocks[m[0], self.classes[joint.outer].parents.index(parent)])
-            for m in (ao, bo)
+        """Classes that joints tie, in one pair of blocks: in turn, each given the others."""
+        first, (a, b) = next(iter(below.items()))
+        blocks = self.classes[first].blocks[:, self.classes[first].parents.index(parent)]
+        i, j = int(blocks[a[0]]), int(blocks[b[0]])
+        scores = {k: self._score(k, *below[k], cast(Tensor, masks[k])).numpy() for k in below}
+        pairs = [
+            (t.outer, t.inner, t.left[i].numpy(), t.right[j].numpy())
+            for t in self.joints
+            if {t.outer, t.inner} <= set(below)
         ]
-        so, sc = self._score(joint.outer, ao, bo, out_mask), self._score(joint.inner, ac, bc, in_mask)
-        value, po, pc = _alternate(joint.left[group[0]].numpy(), joint.right[group[1]].numpy(), so.numpy(), sc.numpy())
-        self._settle(joint.outer, ao, bo[torch.from_numpy(po)])
-        self._settle(joint.inner, ac, bc[torch.from_numpy(pc)])
+        value, found = _alternate(pairs, scores)
+        for k, p in found.items():
+            self._settle(k, below[k][0], below[k][1][torch.from_numpy(p)])
         return value
 
     def _settle(self, k: int, at: Tensor, value: Tensor) -> None:
@@ -229,34 +240,48 @@ class _Solver:
         self.known[k] = full
 
 
-def _alternate(x: Array, y: Array, score_out: Array, score_in: Array) -> tuple[float, Ints, Ints]:
-    """Rows and columns of y [out, in, rest] that match x best, each given the other, from a few starts.
+def _alternate(
+    pairs: Sequence[tuple[int, int, Array, Array]], scores: Mapping[int, Array]
+) -> tuple[float, dict[int, Ints]]:
+    """Permutations of a few classes, each given the others, from a few starts; and what they are worth.
 
     In plain arrays: this runs for every pair of groups, on matrices of a few neurons.
+
+    Args:
+        pairs: of classes, and the entries [rows of one, columns of the other, rest] of A and of B.
+        scores: class -> [n, n], what each permutation is worth by itself.
     """
-    outs, ins = x.shape[:2]
-    flat, turned = x.reshape(outs, -1), x.transpose(1, 0, 2).reshape(ins, -1)
 
     def solve(score: Array) -> Ints:
         return linear_sum_assignment(score, maximize=True)[1]
 
-    def given_rows(po: Ints) -> Array:
-        return score_in + turned @ y[po].transpose(1, 0, 2).reshape(ins, -1).T
+    def given(k: int, p: Mapping[int, Ints]) -> Array:
+        score = scores[k]
+        for outer, inner, x, y in pairs:
+            if k == outer:
+                score = score + x.reshape(len(x), -1) @ y[:, p[inner]].reshape(len(y), -1).T
+            elif k == inner:
+                rows = (t.transpose(1, 0, 2).reshape(t.shape[1], -1) for t in (x, y[p[outer]]))
+                score = score + next(rows) @ next(rows).T
+        return score
 
-    here = np.arange(ins)
-    starts = {tuple(p): p for p in (solve(score_in), solve(given_rows(solve(score_out))), here)}
-    best: tuple[float, Ints, Ints] | None = None
-    for pc in starts.values():
-        reached = -np.inf
+    def worth(p: Mapping[int, Ints]) -> float:
+        own = sum(float(s[np.arange(len(s)), p[k]].sum()) for k, s in scores.items())
+        return own + sum(float((x * y[p[outer]][:, p[inner]]).sum()) for outer, inner, x, y in pairs)
+
+    here, alone = {k: np.arange(len(s)) for k, s in scores.items()}, {k: solve(s) for k, s in scores.items()}
+    outers = {outer for outer, *_ in pairs}
+    order = sorted(scores, key=lambda k: k not in outers)
+    best, most = here, -np.inf
+    for start, turn in ((alone, order), (alone, order[::-1]), (here, order)):
+        p, reached = dict(start), -np.inf
         for _ in range(4):
-            po = solve(score_out + flat @ y[:, pc].reshape(outs, -1).T)
-            given = given_rows(po)
-            pc = solve(given)
-            value = float(given[here, pc].sum() + score_out[np.arange(outs), po].sum())
-            if best is None or value > best[0]:
-                best = (value, po, pc)
+            for k in turn:
+                p[k] = solve(given(k, p))
+            value = worth(p)
+            if value > most:
+                best, most = dict(p), value
             if value <= reached + 1e-12:
                 break
             reached = value
-    assert best is not None
-    return best
+    return most, best

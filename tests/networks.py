@@ -1079,6 +1079,17 @@ class AttentionPacked(_Sequence):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 6, 8))
 
 
+@network(f(8) * f(2) * f(4) ** 10, TOKENS)  # every group is a third of a head
+class AttentionThroughGroups(AttentionPacked):
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups = nn.Conv1d(24, 24, 1, groups=6)
+
+    def mix(self, x: Tensor) -> Tensor:
+        q, k, v = self.groups(self.qkv(x).transpose(1, 2)).reshape(-1, 3, 2, 4, 6).mT.unbind(1)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, 6, 8))
+
+
 @network(f(8) * HEADS, TOKENS)  # a triangular mask speaks of positions only
 class AttentionCausal(_Attention):
     def __init__(self) -> None:

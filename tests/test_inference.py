@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.atoms import entangled, independent
+from fxmerge.matchers import WeightMatching
 from fxmerge.running import Doubled
 
 KNOWN = [name for name, case in NETWORKS.items() if not case.unknown]
@@ -92,6 +93,19 @@ def test_twin(name: str) -> None:
         assert distance(model(*inputs), twin(*inputs)) <= 1e-9
     moved = any(not torch.equal(value, before[key]) for key, value in twin.state_dict().items())
     assert moved == (group_order(classes) > 1)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weight_matching_finds_the_way_back(name: str) -> None:
+    model, inputs, classes = infer(name)
+    if group_order(classes) == 1:
+        pytest.skip("there is one way")
+    twin = fxmerge.permute(model, classes, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxmerge.FxMergeWarning)
+        merged = fxmerge.merge(model, twin, example_inputs=inputs, matcher=WeightMatching(), progress=False).module
+    with torch.no_grad():
+        assert distance(model(*inputs), merged(*inputs)) <= 1e-9
 
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in BEYOND_ORACLE])
