@@ -150,7 +150,8 @@ class Meeting:
         for label in labels:
             for k, t in enumerate(map(lift, label.neurons)):
                 neurons = self._meet(neurons, t, k)
-        fixed = self._turns([], [*neurons, *(lift(t) for label in labels for t in label.neurons)])
+        held = {id(t): t for t in (*neurons, *(lift(t) for label in labels for t in label.neurons))}
+        fixed = self._turns([], held.values())
         for label in labels:
             for t in map(lift, label.fixed):
                 fixed = self._tell_apart(fixed, t)
@@ -205,17 +206,20 @@ class Meeting:
 
     def _pin_entangled(self, neurons: Sequence[Tensor], fixed: Sequence[Tensor]) -> None:
         """Neurons of which any two tell the third, or tell what is fixed, along the dimensions of all three, stay."""
-        told = [(t, t.numpy().ravel()) for t in neurons if varying(t)]
-        told += [(p, np.zeros(0, np.int64)) for p in fixed if varying(p)]
+        told = [
+            (t, {*along}, neuron)
+            for neuron, ts in ((True, neurons), (False, fixed))
+            for t in ts
+            if (along := varying(t))
+        ]
         for three in combinations(told, 3):
-            names = np.concatenate([names for _, names in three])
-            common = tuple(
-                slice(None) if min(sizes) > 1 else 0 for sizes in zip(*(t.shape for t, _ in three), strict=True)
-            )
-            if not names.size or not any(isinstance(at, slice) for at in common):
+            shared = three[0][1] & three[1][1] & three[2][1]
+            if not shared or not any(neuron for _, _, neuron in three):
                 continue
-            marks = ((self._roots(t) if own.size else t.numpy())[common] for t, own in three)
+            common = tuple(slice(None) if d in shared else 0 for d in range(three[0][0].dim()))
+            marks = ((self._roots(t) if neuron else t.numpy())[common] for t, _, neuron in three)
             if entangled([m.ravel() for m in marks]):
+                names = np.concatenate([t.numpy().ravel() for t, _, neuron in three if neuron])
                 self.atoms.pin(names, f"entangled at {self.place}")
 
     def _meet(self, known: list[Tensor], new: Tensor, number: int = 0) -> list[Tensor]:
