@@ -117,21 +117,29 @@ class Descent:
         return sum(t.nbytes for t in kept) + tensor.nbytes <= self.room
 
     def grow(self, reverse: bool) -> None:
-        """A start from the pinned ends inwards: each family matched on what is already settled."""
+        """A start from the pinned ends inwards: each family matched on what is already settled.
+
+        Where no family meets settled neurons alone (two axes of one tensor, and nothing else), one is matched on sums
+        over the others, which do not depend on their order.
+        """
         settled = set(range(len(self.classes))) - {k for family in self.families for k in family}
         order = list(range(len(self.families)))
         waiting = order[::-1] if reverse else order
+        sums = False
         while waiting:
             stuck = []
             for f in waiting:
-                scores, joints = self.scores(self.families[f], settled)
+                scores, joints = self.scores(self.families[f], settled, sums)
                 if scores or joints:
                     self.place(f, match_family(self.classes, self.families[f], scores, joints))
                     settled |= set(self.families[f])
+                    sums = False
                 else:
                     stuck.append(f)
             if len(stuck) == len(waiting):
-                break
+                if sums:
+                    break
+                sums = True
             waiting = stuck
 
     def run(self, sweeps: int) -> bool:
@@ -186,8 +194,13 @@ class Descent:
         for n in self.tensors[f]:
             self._arranged.pop(n, None)
 
-    def scores(self, family: Sequence[int], settled: set[int]) -> tuple[dict[int, Tensor], list[Joint]]:
-        """Per class [n, n]: inner products of A's rows with B's, as B is arranged now; only over settled neurons."""
+    def scores(
+        self, family: Sequence[int], settled: set[int], sums: bool = False
+    ) -> tuple[dict[int, Tensor], list[Joint]]:
+        """Per class [n, n]: inner products of A's rows with B's, as B is arranged now; only over settled neurons.
+
+        With ``sums``, also of the sums over those that are not.
+        """
         scores: dict[int, Tensor] = {}
         joints: list[Joint] = []
         for name in sorted({n for n, es in self.entries.items() for _, k, _ in es if k in family}):
@@ -206,7 +219,7 @@ class Descent:
             for site, k, index in entries:
                 if k not in mine or site.groups > 1:
                     continue
-                part = self._score(a, b, entries, site, k, index, settled, mine)
+                part = self._score(a, b, entries, site, k, index, settled, mine, sums)
                 if part is not None:
                     scores[k] = scores[k] + part if k in scores else part
         return scores, joints
@@ -250,6 +263,7 @@ class Descent:
         index: Tensor,
         settled: set[int],
         mine: set[int],
+        sums: bool,
     ) -> Tensor | None:
         for other in dict.fromkeys(s for s, _, _ in entries if s != site and s.groups == 1):
             loose = [i for s, c, i in entries if s == other and c not in settled and c not in mine]
@@ -258,9 +272,15 @@ class Descent:
             loose += [i for s, c, i in entries if s == other and c in mine and c not in settled]
             mask = torch.ones(a.shape[other.axis], dtype=a.dtype, device=a.device)
             mask[torch.cat([i.reshape(-1) for i in loose]).to(a.device)] = 0
-            if not bool(mask.any()):
+            known = mask.reshape([-1 if d == other.axis else 1 for d in range(a.dim())])
+            if sums:
+                a, b = (
+                    torch.cat([t * known, (t - t * known).sum(other.axis, keepdim=True)], other.axis) for t in (a, b)
+                )
+            elif not bool(mask.any()):
                 return None
-            a = a * mask.reshape([-1 if d == other.axis else 1 for d in range(a.dim())])
+            else:
+                a = a * known
         return _rows(a, site.axis, index) @ _rows(b, site.axis, index).T
 
     def _updated(self, f: int, k: int) -> Tensor:

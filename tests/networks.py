@@ -272,6 +272,17 @@ class EinsumLinear(nn.Module):
         return self.head(F.gelu(torch.einsum("bi,oi->bo", x, self.b)))
 
 
+@network(f(8) * f(2) * f(5), POINT)  # two axes of two tensors meet each other and nothing that is known
+class StackedLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(5, 8)
+        self.up, self.down = nn.Parameter(torch.empty(2, 8, 5)), nn.Parameter(torch.empty(2, 5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nd,hdk,hke->ne", torch.tanh(self.stem(x)), self.up, self.down)
+
+
 @network(f(6) * f(4), POINT)  # x @ W + b, then F.linear, then the transpose of the same weight: 6 -> 4 -> 6
 class FunctionalLinear(nn.Module):
     def __init__(self) -> None:
