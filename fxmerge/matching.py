@@ -102,6 +102,7 @@ class _Solver:
         self.joints = joints
         self.sweeps = 2 if any(len(classes[k].parents) > 1 for k in family) else 1
         self.known: dict[int, Tensor] = {}
+        self._cache: dict[int, tuple[list[Tensor | None], Tensor]] = {}
         self.below = {k: self._descendants(k) for k in family}
         self.members: dict[tuple[int, int], list[Tensor]] = {}
         for k in family:
@@ -162,21 +163,31 @@ class _Solver:
 
     def _class(self, k: int, left: Tensor, right: Tensor, allowed: Tensor) -> float:
         """Matches members ``right`` of class k to ``left``, with all that hangs below them."""
-        total = self._score(k, left, right, allowed)
         below = [c for c in self.family if k in self.classes[c].parents]
-        inside: dict[tuple[int, int], dict[int, Tensor]] = {}
         outside = self.known
-        if below:
-            for x, i in enumerate(left.tolist()):
-                for y, j in enumerate(right.tolist()):
-                    self.known = {c: found for c, found in outside.items() if c not in self.below[k]}
-                    total[x, y] += self._block({c: (self.members[c, k][i], self.members[c, k][j]) for c in below}, k)
-                    inside[x, y] = self.known
+        inside: dict[tuple[int, int], dict[int, Tensor]] = {}
+
+        def inner(x: int, y: int) -> float:
+            i, j = int(left[x]), int(right[y])
+            self.known = {c: found for c, found in outside.items() if c not in self.below[k]}
+            value = self._block({c: (self.members[c, k][i], self.members[c, k][j]) for c in below}, k)
+            inside[x, y] = self.known
+            return value
+
+        worth = self._worth(k)
+        total = self._score(worth if worth is not None else self._own(k), left, right, allowed)
+        if worth is None:
+            for x in range(len(left)):
+                for y in range(len(right)):
+                    total[x, y] += inner(x, y)
         p = assignment(total)
+        for x, y in enumerate(p.tolist()) if below else ():
+            if (x, y) not in inside:
+                inner(x, y)
         self.known = outside
         self._settle(k, left, right[p])
-        for x in range(len(left)) if below else ():
-            for c, found in inside[x, int(p[x])].items():
+        for x, y in enumerate(p.tolist()) if below else ():
+            for c, found in inside[x, y].items():
                 if c in self.below[k]:
                     at = (found >= 0).nonzero()[:, 0]
                     self._settle(c, at, found[at])
@@ -184,17 +195,51 @@ class _Solver:
             return float(self.values[k][self.classes[k].blocks[left[0], 0], self.classes[k].blocks[right[0], 0]])
         return float(total[torch.arange(len(left)), p].sum())
 
-    def _score(self, k: int, left: Tensor, right: Tensor, allowed: Tensor) -> Tensor:
-        own = (
-            self.scores[k][left][:, right]
-            if k in self.scores
-            else torch.zeros(len(left), len(right), dtype=torch.float64)
-        )
-        return (
-            own.masked_fill(~allowed, -1e12 * max(1.0, float(own.abs().max())))
-            if not bool(allowed.all())
-            else own.clone()
-        )
+    def _own(self, k: int) -> Tensor:
+        n = self.classes[k].size
+        return self.scores[k] if k in self.scores else torch.zeros(n, n, dtype=torch.float64)
+
+    def _worth(self, k: int) -> Tensor | None:
+        """[n, n]: the score of class k and, for every pair, of the best matching of all that hangs below; in one go.
+
+        None where that is to be seen pair by pair: joints, two blocks below k that share members, or members of other
+        blocks that are settled in part.
+        """
+        tree = {k} | self.below[k]
+        around = [{p for p in self.classes[c].parents if p not in tree} for c in self.below[k]]
+        tied = {c for joint in self.joints for c in (joint.outer, joint.inner)}
+        plain = all(len(self.classes[c].parents) == len(a) + 1 for c, a in zip(self.below[k], around, strict=True))
+        if not plain or tied & self.below[k]:
+            return None
+        given = [self.known.get(p) for p in sorted(set().union(*around))]
+        if any(x is not None and bool((x < 0).any()) for x in given):
+            return None
+        then, total = self._cache.get(k, ([None], None))
+        if total is not None and len(then) == len(given) and all(x is y for x, y in zip(then, given, strict=True)):
+            return total
+        total = self._own(k).clone()
+        for c in self.family:
+            if k not in self.classes[c].parents:
+                continue
+            order = torch.cat(self.members[c, k])
+            allowed = self._allowed(c, order, order, k)
+            if allowed is None:  # a product whose other side is not settled yet
+                continue
+            if c in self.values:
+                first = self.classes[c].blocks[torch.stack([m[0] for m in self.members[c, k]]), 0]
+                total += self.values[c][first][:, first]
+                continue
+            below = self._worth(c)
+            if below is None or len({len(m) for m in self.members[c, k]}) > 1:
+                return None
+            inner = self._score(below, order, order, allowed).unflatten(0, (len(total), -1))
+            total += _best(inner.unflatten(2, (len(total), -1)).transpose(1, 2))
+        self._cache[k] = given, total
+        return total
+
+    def _score(self, own: Tensor, left: Tensor, right: Tensor, allowed: Tensor) -> Tensor:
+        own = own[left][:, right]
+        return own if bool(allowed.all()) else own.masked_fill(~allowed, -1e12 * max(1.0, float(own.abs().max())))
 
     def _allowed(self, c: int, a: Tensor, b: Tensor, parent: int | None) -> Tensor | None:
         """[len(a), len(b)]: pairs whose other blocks correspond; None where that is not known yet."""
@@ -223,7 +268,7 @@ class _Solver:
         first, (a, b) = next(iter(below.items()))
         blocks = self.classes[first].blocks[:, self.classes[first].parents.index(parent)]
         i, j = int(blocks[a[0]]), int(blocks[b[0]])
-        scores = {k: self._score(k, *below[k], cast(Tensor, masks[k])).numpy() for k in below}
+        scores = {k: self._score(self._own(k), *below[k], cast(Tensor, masks[k])).numpy() for k in below}
         pairs = [
             (t.outer, t.inner, t.left[i].numpy(), t.right[j].numpy())
             for t in self.joints
@@ -238,6 +283,19 @@ class _Solver:
         full = self.known[k].clone() if k in self.known else torch.full((self.classes[k].size,), -1)
         full[at] = value
         self.known[k] = full
+
+
+def _best(scores: Tensor) -> Tensor:
+    """[.., m, m] -> [..], what the best assignment is worth."""
+    m = scores.shape[-1]
+    if m == 1:
+        return scores[..., 0, 0]
+    if m == 2:
+        return torch.maximum(*(scores[..., [0, 1], at].sum(-1) for at in ([0, 1], [1, 0])))
+    flat = scores.reshape(-1, m, m).numpy()
+    here = np.arange(m)
+    best = [s[here, linear_sum_assignment(s, maximize=True)[1]].sum() for s in flat]
+    return torch.tensor(best, dtype=scores.dtype).reshape(scores.shape[:-2])
 
 
 def _alternate(
