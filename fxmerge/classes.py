@@ -9,6 +9,7 @@ refinement, and on trees (heads, groups) and products (a scale shared by all hea
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -308,15 +309,18 @@ def _parents(
                 lookup[child[at]] = block[at]
                 direct[c][int(b)] = lookup
 
-    def above(k: int, seen: frozenset[int] = frozenset()) -> set[int]:
-        out: set[int] = set()
-        for b in direct[k]:
-            if b not in seen:
-                out |= {b} | above(b, seen | {b})
-        return out
-
-    ancestors = [above(k) for k in range(len(members))]
+    ancestors = [_above(direct, k) for k in range(len(members))]
     return [{b: v for b, v in d.items() if not any(b in ancestors[o] for o in d if o != b)} for d in direct]
+
+
+def _above(direct: Sequence[Mapping[int, Any]], k: int) -> set[int]:
+    """All kinds of blocks around kind k, direct or not."""
+    found, open_ = set[int](), [k]
+    while open_:
+        new = [b for b in direct[open_.pop()] if b not in found]
+        found.update(new)
+        open_ += new
+    return found
 
 
 def _pinned(
@@ -356,17 +360,16 @@ def _parents_first(
     groups: list[tuple[list[int], str | None]], members: list[Ints], parents: list[dict[int, Any]]
 ) -> list[int]:
     group_of = {k: g for g, (kinds, _) in enumerate(groups) for k in kinds}
+    above = {
+        g: [group_of[b] for b in parents[kinds[0]]] if reason is None else []
+        for g, (kinds, reason) in enumerate(groups)
+    }
     done: dict[int, None] = {}
-
-    def visit(g: int) -> None:
-        if g in done:
-            return
-        kinds, reason = groups[g]
-        if reason is None:
-            for b in parents[kinds[0]]:
-                visit(group_of[b])
-        done[g] = None
-
-    for g in sorted(range(len(groups)), key=lambda g: min(int(members[k][0]) for k in groups[g][0])):
-        visit(g)
+    waiting = sorted(range(len(groups)), key=lambda g: -min(int(members[k][0]) for k in groups[g][0]))
+    while waiting:
+        missing = [g for g in above[waiting[-1]] if g not in done]
+        if missing:
+            waiting += missing[::-1]
+        else:
+            done[waiting.pop()] = None
     return list(done)

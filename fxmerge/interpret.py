@@ -21,6 +21,7 @@ from torch._dispatch.python import enable_python_dispatcher, no_python_dispatche
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxmerge.atoms import Atoms
 from fxmerge.calls import Call, defaults, leaves, operation_name
@@ -66,8 +67,7 @@ class Interpretation(Context):
         self.unknown_ops: list[tuple[str, str]] = []
         self.seen: list[tuple[str, int, np.ndarray]] = []
         self.slots = np.zeros(0, np.int64)
-        # id -> (the tensor, kept alive so that ids stay unique; its label)
-        self._labels: dict[int, tuple[Tensor, Label]] = {}
+        self._labels = WeakTensorKeyDictionary()  # as long as a value lives
         self._names: dict[tuple[Any, ...], str] = {}
         self._state: dict[tuple[Any, ...], str] = {}
         self.aliases: dict[str, tuple[str, ...]] = {}
@@ -96,12 +96,12 @@ class Interpretation(Context):
         return None if name is None else self._remember(t, self._parameter(name, t))
 
     def _held(self, t: Tensor) -> Label | None:
-        found = self._labels.get(id(t))
-        return None if found is None else found[1]
+        found: Label | None = self._labels.get(t)
+        return found
 
     def is_constant(self, t: Tensor) -> bool:
         """Whether a value depends on neither inputs nor parameters."""
-        return id(t) not in self._labels and not (t.numel() and _key(t) in self._names)
+        return t not in self._labels and not (t.numel() and _key(t) in self._names)
 
     def state(self, t: Tensor | Label) -> Label:
         """A buffer that is trained state (running statistics): labelled like a parameter."""
@@ -159,7 +159,7 @@ class Interpretation(Context):
         return Label(shape, tuple(neurons), kind=self.atoms.mark(), learned=True)
 
     def _remember(self, t: Tensor, label: Label) -> Label:
-        self._labels[id(t)] = (t, label)
+        self._labels[t] = label
         return label
 
     # -- running -------------------------------------------------------------------------------------------------
@@ -227,17 +227,8 @@ class Interpretation(Context):
             return
         outputs = [t for t in leaves((result,)) if isinstance(t, Tensor)]
         given = defaults(function)
-
-        def swap(x: Any) -> Any:
-            if isinstance(x, (list, tuple)):
-                return [swap(y) for y in x]
-            if not isinstance(x, Tensor) or x is skip:
-                return x
-            label = self.label_of(x)
-            return x if label is None else label if name in FOLLOWED else self.settle(label)
-
         bound = {**given, **dict(zip(given, args, strict=False)), **kwargs}
-        arguments = {k: swap(v) for k, v in bound.items()}
+        arguments = {k: self._labelled(v, skip, name in FOLLOWED) for k, v in bound.items()}
         if skip is not None:
             arguments["weight"] = self.weight(skip, arguments["groups"])
         strides = flat[0].stride() if name == "as_strided" and not flat[0].storage_offset() else None
@@ -262,7 +253,16 @@ class Interpretation(Context):
         for t, label in zip(outputs, made, strict=False):
             if t is before and t._base is not None and t._base is not t:
                 self._write_through(t, label)
-            self._labels[id(t)] = (t, label)
+            self._labels[t] = label
+
+    def _labelled(self, x: Any, skip: Any, followed: bool) -> Any:
+        """An argument with labels in the place of tensors, but for ``skip`` and constants."""
+        if isinstance(x, (list, tuple)):
+            return [self._labelled(y, skip, followed) for y in x]
+        if not isinstance(x, Tensor) or x is skip:
+            return x
+        label = self.label_of(x)
+        return x if label is None else label if followed else self.settle(label)
 
     def _kind(self, argument: Any) -> int:
         """A hash of one argument, for the kind of what an operation makes."""
@@ -354,7 +354,7 @@ class _Watch(SchemaCheckMode):
 
 class _Runner(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, interpretation: Interpretation) -> None:
-        super().__init__(module, garbage_collect_values=False)
+        super().__init__(module, garbage_collect_values=True)
         self._interpretation = interpretation
 
     def run_node(self, n: fx.Node) -> Any:

@@ -159,20 +159,18 @@ class _Tracer(fx.Tracer):
 
     def placeholder(self, name: str, value: Any) -> Any:
         """What ``forward`` sees of one argument: its own containers and constants, proxies for the tensors."""
-        proxy = self.create_proxy("placeholder", name, (), {})
+        return self._seen(name, self.create_proxy("placeholder", name, (), {}), value)
 
-        def seen(part: Any, value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return part
-            if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
-                self.notes[f"argument {name!r} is fixed in the graph where it is {value!r}"] = None
-                return value
-            if isinstance(value, dict):
-                return {key: seen(part[key], v) for key, v in value.items()}
-            parts = [seen(part[i], v) for i, v in enumerate(value)]
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-
-        return seen(proxy, value)
+    def _seen(self, name: str, part: Any, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return part
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            self.notes[f"argument {name!r} is fixed in the graph where it is {value!r}"] = None
+            return value
+        if isinstance(value, dict):
+            return {key: self._seen(name, part[key], v) for key, v in value.items()}
+        parts = [self._seen(name, part[i], v) for i, v in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

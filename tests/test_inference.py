@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 import warnings
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 import fxmerge
 from fxmerge.atoms import entangled, independent
+from fxmerge.interpret import Interpretation
+from fxmerge.label import Label
 from fxmerge.matchers import WeightMatching
 from fxmerge.running import Doubled
 
@@ -169,6 +172,18 @@ def test_twins_differ_by_seed_and_repeat_by_seed() -> None:
     one, two, again = (fxmerge.permute(model, classes, seed=s).state_dict() for s in (1, 2, 1))
     assert any(not torch.equal(one[key], two[key]) for key in one)
     assert all(torch.equal(one[key], again[key]) for key in one)
+
+
+def test_inference_keeps_no_memory() -> None:
+    """Labels of all values are many bytes: they go at once, and not when cycles are next looked for."""
+    gc.collect()
+    gc.disable()
+    try:
+        case = NETWORKS["vision_transformer"]
+        fxmerge.infer_classes(case.make(), case.example_inputs[0])
+        assert not any(type(o) in (Interpretation, Label) for o in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_float32_and_batch_size_do_not_matter() -> None:
