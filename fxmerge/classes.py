@@ -365,11 +365,13 @@ def _parents_first(
         for g, (kinds, reason) in enumerate(groups)
     }
     done: dict[int, None] = {}
-    waiting = sorted(range(len(groups)), key=lambda g: -min(int(members[k][0]) for k in groups[g][0]))
-    while waiting:
-        missing = [g for g in above[waiting[-1]] if g not in done]
-        if missing:
-            waiting += missing[::-1]
-        else:
-            done[waiting.pop()] = None
+    for g in sorted(above, key=lambda g: min(int(members[k][0]) for k in groups[g][0])):
+        _visit(g, above, done)
     return list(done)
+
+
+def _visit(g: int, above: Mapping[int, Sequence[int]], done: dict[int, None]) -> None:
+    if g not in done:
+        for b in above[g]:
+            _visit(b, above, done)
+        done[g] = None

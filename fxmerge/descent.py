@@ -207,14 +207,15 @@ class Descent:
             entries = self.entries[name]
             a, b = self.target[name], self.now(name)
             mine = set(family)
-            if pairs := self._grouped(entries, mine) if a.dim() > 1 and a.shape[1] > 1 else []:
-                for row, column in pairs:
-                    if a.shape[0] > column[0].groups:
-                        joints += self._joint(a, b, row, column)
-                    else:  # one row a group: the row is the group, and its entries are what there is to compare
-                        x, y = (_rows(t.double().cpu().flatten(0, 1), 0, column[2]) for t in (a, b))
-                        k = column[1]
-                        scores[k] = scores[k] + x @ y.T if k in scores else x @ y.T
+            pairs = self._grouped(entries, mine)
+            if pairs and a.shape[1] > 1:
+                if a.shape[0] > pairs[0][1][0].groups:
+                    joints += [joint for row, column in pairs for joint in self._joint(a, b, row, column)]
+                    continue
+                # one row a group: the row is the group, and its entries are what there is to compare
+                for k, index in {column[1]: column[2] for _, column in pairs}.items():
+                    x, y = (_rows(t.double().cpu().flatten(0, 1), 0, index) for t in (a, b))
+                    scores[k] = scores[k] + x @ y.T if k in scores else x @ y.T
                 continue
             for site, k, index in entries:
                 if k not in mine or site.groups > 1:

@@ -152,12 +152,13 @@ class _Solver:
                 allowed = self._allowed(c, a, b, parent)
                 if c in done or allowed is None:  # a product whose other side is not settled yet
                     continue
-                tied = self._tied(c, below)
-                masks = {k: self._allowed(k, *below[k], parent) for k in tied}
-                if len(tied) > 1 and parent is not None and all(m is not None for m in masks.values()):
-                    value += self._jointly({k: below[k] for k in tied}, parent, masks)
-                    done |= set(tied)
-                    continue
+                tied = self._tied(c, below) if self.joints and parent is not None else [c]
+                if len(tied) > 1:
+                    masks = {k: self._allowed(k, *below[k], parent) for k in tied}
+                    if all(m is not None for m in masks.values()):
+                        value += self._jointly({k: below[k] for k in tied}, cast(int, parent), masks)
+                        done |= set(tied)
+                        continue
                 value += self._class(c, a, b, allowed)
         return value
 
@@ -214,9 +215,8 @@ class _Solver:
         given = [self.known.get(p) for p in sorted(set().union(*around))]
         if any(x is not None and bool((x < 0).any()) for x in given):
             return None
-        then, total = self._cache.get(k, ([None], None))
-        if total is not None and len(then) == len(given) and all(x is y for x, y in zip(then, given, strict=True)):
-            return total
+        if k in self._cache and all(x is y for x, y in zip(self._cache[k][0], given, strict=True)):
+            return self._cache[k][1]
         total = self._own(k).clone()
         for c in self.family:
             if k not in self.classes[c].parents:

@@ -66,10 +66,8 @@ class Meeting:
     def constant(self, value: Tensor) -> Label:
         """A tensor that is no parameter: entries of equal value are alike, all others are told apart."""
         shape, kind = tuple(value.shape), self.atoms.mark()
-        if value.numel() <= 1:
-            return Label(shape, kind=kind, learned=True)
         value = value.detach().cpu()
-        if bool((value == value[(0,) * value.ndim]).all()):
+        if value.numel() <= 1 or bool((value == value[(0,) * value.ndim]).all()):
             return Label(shape, kind=kind, learned=True)
         _, ids = torch.unique(torch.view_as_real(value) if value.is_complex() else value, return_inverse=True)
         ids = narrow(ids[..., 0] if value.is_complex() else ids)

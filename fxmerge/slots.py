@@ -3,8 +3,8 @@
 Channels that are added to channels of the same layer, and the halves of a rotary embedding, are one neuron under two
 names; so are blocks that were found to be one. Where neuron r moves to r', its entries must go to entries of the same
 part: each of a neuron's names along one axis, or as a block, is a *slot*, numbered by the names that it met, then by
-index. Blocks and marks that were said of an entry remember
-its slot, so that neurons of which other things were said slot for slot are told apart.
+index. Blocks and marks that were said of an entry remember its slot, so that neurons of which other things were said
+slot for slot are told apart.
 """
 
 from __future__ import annotations
