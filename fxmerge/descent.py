@@ -21,6 +21,9 @@ from fxmerge.symmetry import apply
 Entry = tuple[Site, int, Tensor]
 """Where a class is in a tensor: the site, the number of the class, and its neurons' places."""
 
+ANY, SUMS = 1, 2
+"""How little a family is matched on: any settled neurons, sums over neurons that are not settled."""
+
 
 def parameters(
     state: Mapping[str, Tensor],
@@ -81,6 +84,7 @@ class Descent:
         self.found = [torch.arange(c.size) for c in classes] if start is None else list(start)
         self._arranged: dict[str, Tensor] = {}
         self.rng = torch.Generator().manual_seed(seed)
+        self.stale = set(range(len(self.families)))
         self.tensors = [
             sorted({n for n, es in self.entries.items() for _, k, _ in es if k in family}) for family in self.families
         ]
@@ -119,40 +123,40 @@ class Descent:
     def grow(self, reverse: bool) -> None:
         """A start from the pinned ends inwards: each family matched on what is already settled.
 
-        Where no family meets settled neurons alone (two axes of one tensor, and nothing else), one is matched on sums
-        over the others, which do not depend on their order.
+        What shows one number a neuron (biases, scales) waits for more, as long as another family can go on. Where no
+        family meets settled neurons alone (two axes of one tensor, and nothing else), one is matched on sums over the
+        others, which do not depend on their order.
         """
         settled = set(range(len(self.classes))) - {k for family in self.families for k in family}
         order = list(range(len(self.families)))
         waiting = order[::-1] if reverse else order
-        sums = False
-        while waiting:
+        eager = 0
+        while waiting and eager <= SUMS:
             stuck = []
             for f in waiting:
-                scores, joints = self.scores(self.families[f], settled, sums)
+                scores, joints = self.scores(self.families[f], settled, eager)
                 if scores or joints:
                     self.place(f, match_family(self.classes, self.families[f], scores, joints))
                     settled |= set(self.families[f])
-                    sums = False
+                    if all(k in settled for n in self.tensors[f] for _, k, _ in self.entries[n]):
+                        self.stale.discard(f)  # nothing that it was matched on moves again
+                    eager = 0
                 else:
                     stuck.append(f)
             if len(stuck) == len(waiting):
-                if sums:
-                    break
-                sums = True
+                eager += 1
             waiting = stuck
 
     def run(self, sweeps: int) -> bool:
         """Sweeps until nothing changes; whether anything did."""
-        stale = set(range(len(self.families)))
         everything = set(range(len(self.classes)))
         changed = False
         for _ in range(sweeps):
-            order = [f for f in torch.randperm(len(self.families), generator=self.rng).tolist() if f in stale]
+            order = [f for f in torch.randperm(len(self.families), generator=self.rng).tolist() if f in self.stale]
             if not order:
                 break
             for f in order:
-                stale.discard(f)
+                self.stale.discard(f)
                 family = self.families[f]
                 if f in self.linear:
                     scores: dict[int, Tensor] = {family[0]: self._updated(f, family[0])}
@@ -179,7 +183,7 @@ class Descent:
                         self.found = before[1]
                         continue
                 changed = True
-                stale |= {
+                self.stale |= {
                     g for g in range(len(self.families)) if g != f and set(self.tensors[g]) & set(self.tensors[f])
                 }
         return changed
@@ -195,12 +199,14 @@ class Descent:
             self._arranged.pop(n, None)
 
     def scores(
-        self, family: Sequence[int], settled: set[int], sums: bool = False
+        self, family: Sequence[int], settled: set[int], eager: int = ANY
     ) -> tuple[dict[int, Tensor], list[Joint]]:
         """Per class [n, n]: inner products of A's rows with B's, as B is arranged now; only over settled neurons.
 
-        With ``sums``, also of the sums over those that are not.
+        Nothing where these show no more than one number a neuron, unless ``eager`` is ``ANY``. With ``SUMS``, also of
+        the sums over neurons that are not settled.
         """
+        several = eager > 0
         scores: dict[int, Tensor] = {}
         joints: list[Joint] = []
         for name in sorted({n for n, es in self.entries.items() for _, k, _ in es if k in family}):
@@ -216,14 +222,16 @@ class Descent:
                 for k, index in {column[1]: column[2] for _, column in pairs}.items():
                     x, y = (_rows(t.double().cpu().flatten(0, 1), 0, index) for t in (a, b))
                     scores[k] = scores[k] + x @ y.T if k in scores else x @ y.T
+                several = True
                 continue
             for site, k, index in entries:
                 if k not in mine or site.groups > 1:
                     continue
-                part = self._score(a, b, entries, site, k, index, settled, mine, sums)
+                part = self._score(a, b, entries, site, k, index, settled, mine, eager == SUMS)
                 if part is not None:
+                    several |= a.numel() > index.numel()
                     scores[k] = scores[k] + part if k in scores else part
-        return scores, joints
+        return (scores, joints) if several or joints else ({}, [])
 
     @staticmethod
     def _grouped(entries: Sequence[Entry], mine: set[int]) -> list[tuple[Entry, Entry]]:

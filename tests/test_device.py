@@ -94,6 +94,26 @@ def test_a_merge_stays_on_the_device_and_finds_what_the_cpu_finds(name):
     torch.testing.assert_close(dict(found.state_dict()), dict(expected.state_dict()), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", CASES)
+def test_a_merge_on_cuda_finds_what_the_cpu_finds(name):
+    expected = merged(*CASES[name], 3, "cpu")
+    for device in ("cuda", "auto"):
+        found = merged(*CASES[name], 3, device).state_dict()
+        assert {v.device.type for v in found.values()} == {"cpu"}  # where the parents are
+        torch.testing.assert_close(dict(found), dict(expected.state_dict()), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_parents_on_cuda_give_a_network_on_cuda():
+    options = {"example_inputs": IMAGES[:2].cuda(), "data": IMAGES.cuda().split(16), "progress": False}
+    found = fxmerge.merge(network(0).cuda(), network(1).cuda(), **options).module
+    assert {v.device.type for v in found.state_dict().values()} == {"cuda"}
+    expected = merged(network, ActivationMatching(), None, {}, 3, "cpu").state_dict()
+    for key, value in found.state_dict().items():
+        torch.testing.assert_close(value.cpu(), expected[key], rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", ["activations", "transport", "attention"])
 def test_the_host_waits_no_more_often_for_more_batches(name):
     counts = []
