@@ -21,10 +21,10 @@ from fxmerge.correspond import alike_in_names, require_same_structure
 from fxmerge.coupling import side_by_side
 from fxmerge.data import feeder, reusable, try_batch
 from fxmerge.depth import CLAFusion, Grown, Link, balanced
-from fxmerge.errors import FxMergeWarning, InputError, one_of
+from fxmerge.errors import FxMergeError, FxMergeWarning, InputError, one_of
 from fxmerge.fingerprint import fingerprint
 from fxmerge.interfaces import AbstractDepthAligner, AbstractMatcher, AbstractRepair, Problem, Sample
-from fxmerge.ir import OUTPUT, Alignment, AxisClasses
+from fxmerge.ir import OUTPUT, Alignment, AxisClasses, Traced
 from fxmerge.layout import resized
 from fxmerge.matchers import ActivationMatching, OTFusion, WeightMatching
 from fxmerge.moments import Statistics
@@ -162,17 +162,23 @@ def prepare(request: Request, clock: Clock) -> Prepared:
         _require_streamable(data, heads, target, request.device)
     work = home if streamed else _device(request.device, home)
     with preserved(*models):
-        parents = [m if device_of(m) == work else copy.deepcopy(m).to(work) for m in models]
+        notes: tuple[str, ...] = ()
         with clock("trace"):
-            traced = [trace(parents[0], request.example_inputs)]
-            given = traced[0].kwargs or traced[0].args
-            traced += [trace(m, dict(given) if isinstance(given, Mapping) else given) for m in parents[1:]]
+            try:
+                traced = _traced(models, request.example_inputs, work)
+            except FxMergeError as error:
+                if request.device != "auto" or work == home:
+                    raise
+                traced = _traced(models, request.example_inputs, home)
+                notes += (f"computed on {home}, as the networks do not run on {work}: {str(error).splitlines()[0]}",)
+                work = home
+        given = traced[0].kwargs or traced[0].args
         feed = feeder(traced[0], request.input_fn, work)
         batches = None if data is None else reusable(data)
         seen = None if batches is None else fingerprint(batches, try_batch(batches, feed, traced))
         with clock("classes"):
             classes = [infer_classes(t, strict=request.strict) for t in traced]
-        notes = tuple(
+        notes += tuple(
             f"no rule for operation '{op}' at node '{node}': what it touches is pinned"
             for node, op in classes[0].unknown
         )
@@ -253,6 +259,14 @@ def prepare(request: Request, clock: Clock) -> Prepared:
         matcher,
         seen,
     )
+
+
+def _traced(models: Sequence[nn.Module], example_inputs: Any, device: torch.device) -> list[Traced]:
+    """All networks on one call, copied to the device where they are not there."""
+    parents = [m if device_of(m) == device else copy.deepcopy(m).to(device) for m in models]
+    first = trace(parents[0], example_inputs)
+    given = first.kwargs or first.args
+    return [first, *(trace(m, dict(given) if isinstance(given, Mapping) else given) for m in parents[1:])]
 
 
 def _known(statistics: Statistics | str | Path | None, data: Iterable[Any] | None) -> Statistics | None:

@@ -23,10 +23,12 @@ from fxmerge.running import (
     as_call,
     bind,
     bind_forward,
+    device_of,
     difference,
     evaluating,
     failed_on,
     fresh,
+    full_state,
     plain,
     run_eager,
     to_device,
@@ -65,6 +67,7 @@ def trace(module: nn.Module, example_inputs: Any = None, *, check: bool = True) 
     for origin, front_end in (("symbolic", symbolic), ("recorded", record)):
         try:
             graph_module, found = front_end(module, args, kwargs)
+            _stay(graph_module, module)
             output, shapes = _run(graph_module, module, args, kwargs, check)
             if check and (what := difference(plain(expected), plain(output))):
                 raise TraceError(f"makes a graph that does not reproduce the module ({what})")
@@ -79,6 +82,22 @@ def trace(module: nn.Module, example_inputs: Any = None, *, check: bool = True) 
         "The way out: put what stops it into a function of tensors marked with torch.fx.wrap, which makes it one "
         "operation of the graph, or write it without that."
     )
+
+
+def _stay(graph_module: fx.GraphModule, module: nn.Module) -> None:
+    """Tensors that the network keeps on another device than its parameters are there in every run.
+
+    They are buffers of the graph, which move with it, where the network's plain attributes do not.
+    """
+    home, known = device_of(module), full_state(module)
+    made = {n: t.device for n, t in full_state(graph_module).items() if n not in known and t.device != home}
+    for node in graph_module.graph.find_nodes(op="get_attr") if made else ():
+        if node.target in made:
+            with graph_module.graph.inserting_after(node):
+                there = graph_module.graph.call_method("to", (node, made[node.target]))
+            node.replace_all_uses_with(there, delete_user_cb=lambda user, there=there: user is not there)
+    if made:
+        graph_module.recompile()
 
 
 def _run(

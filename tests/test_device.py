@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from device import DEVICE, Mixed, pretending, waits
@@ -9,6 +11,7 @@ from networks import randomise
 from torch import Tensor, nn
 
 import fxmerge
+from fxmerge.errors import FxMergeWarning, InputError
 from fxmerge.matchers import ActivationMatching, CCAMerge, OTFusion, PLeaS, WeightMatching, ZipIt
 from fxmerge.repair import LeastSquares, Rescale, ResetBatchNorm
 
@@ -92,6 +95,41 @@ def test_a_merge_stays_on_the_device_and_finds_what_the_cpu_finds(name):
     expected = merged(*CASES[name], 3, "cpu")
     assert {v.device.type for v in found.state_dict().values()} == {"cpu"}  # where the parents are
     torch.testing.assert_close(dict(found.state_dict()), dict(expected.state_dict()), rtol=1e-10, atol=1e-10)
+
+
+class Boxes(nn.Module):
+    """Keeps a plain tensor that no ``.to`` moves, and works on it with what it makes on the CPU."""
+
+    def __init__(self, moves: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.moves = nn.Linear(5, 7), nn.Linear(7, 3), moves
+        self.grid = torch.randn(3, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = torch.cat((self.grid, torch.ones(3, 2, dtype=torch.float64)), 1)
+        return self.b(self.a(x).relu()) @ (grid.to(x.device) if self.moves else grid)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_plain_tensors_stay_where_the_network_keeps_them(moves, monkeypatch):
+    a, b = (randomise(Boxes(moves).eval().double(), seed) for seed in (0, 1))
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = {"example_inputs": x, "matcher": WeightMatching(restarts=1), "progress": False}
+    monkeypatch.setattr("fxmerge.plan._device", lambda device, home: DEVICE)
+    with pretending():
+        with nullcontext() if moves else pytest.warns(FxMergeWarning, match="do not run on privateuseone"):
+            result = fxmerge.merge(a, b, device="auto", **options)
+        told = [note for note in result.report.notes if "computed on cpu" in note]
+        if moves:
+            assert told == []
+            torch.testing.assert_close(result.module.to(DEVICE)(x.to(DEVICE)).cpu(), result.module.to("cpu")(x))
+        else:  # it does not run there, also by itself
+            assert "Mixed" in told[0]
+            with pytest.raises(InputError, match="Mixed"):
+                fxmerge.merge(a, b, device=DEVICE, **options)
+    monkeypatch.undo()
+    expected = fxmerge.merge(a, b, device="cpu", **options)
+    torch.testing.assert_close(result.module(x), expected.module(x))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

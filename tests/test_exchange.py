@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, fx, nn
+from versions import ONNX
 
 import fxmerge
 from fxmerge import exchange
@@ -92,6 +93,7 @@ def outputs(value: Any) -> list[Tensor]:
     return [t for t in torch.utils._pytree.tree_leaves(value) if t is not None]
 
 
+@ONNX
 @pytest.mark.parametrize("kind", KINDS)
 def test_onnx_runs_the_same(kind, tmp_path) -> None:
     onnx = pytest.importorskip("onnx")

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torchvision import models, ops
+from versions import PERSISTENCE
 
 from fxmerge import document as documents
 from fxmerge import shards, vocabulary
@@ -160,6 +161,7 @@ class Everything(nn.Module):
         }
 
 
+@PERSISTENCE
 @pytest.mark.parametrize("mode", [False, True])
 def test_every_kind_of_value(mode, tmp_path) -> None:
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ import torch
 from networks import NETWORKS, POINT, Case, randomise
 from oracle import contains, describe, find_symmetries, group_order
 from torch import Tensor, nn
+from versions import GROUPED
 
 import fxmerge
 from fxmerge.atoms import entangled, independent
@@ -274,6 +275,7 @@ class GroupedExperts(nn.Module):
         return self.head(made[order.argsort()].unflatten(0, (-1, 2)).sum(1))
 
 
+@GROUPED
 def test_experts_are_one_class_and_verified_without_a_kernel_for_float64() -> None:
     torch.manual_seed(0)
     model, x = GroupedExperts(), torch.randn(6, 5)
@@ -291,6 +293,7 @@ def test_experts_are_one_class_and_verified_without_a_kernel_for_float64() -> No
 SHAPES = [((8, 4), (3, 4, 8)), ((3, 4, 4), (4, 8)), ((4, 8), (8, 4)), ((3, 4, 4), (3, 4, 8))]
 
 
+@GROUPED
 @pytest.mark.parametrize(("left", "right"), SHAPES)
 def test_grouped_products_written_out_are_those_of_the_kernel(left, right) -> None:
     torch.manual_seed(0)

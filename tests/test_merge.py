@@ -15,6 +15,7 @@ import torch
 from networks import NETWORKS, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
+from versions import PERSISTENCE
 
 import fxmerge
 from fxmerge.coupling import from_permutations, fuse
@@ -131,6 +132,7 @@ def test_the_fused_network_shares_nothing_and_can_be_trained():
     torch.testing.assert_close(a.state_dict(), before, rtol=0, atol=0)
 
 
+@PERSISTENCE
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_the_fused_network_is_copied_and_pickled(again):
     module = merge(net(0), net(1)).module

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from versions import SYMBOLIC_SIZES
 
 from fxmerge.errors import InputError
 from fxmerge.guess import infer_example_inputs
@@ -141,6 +142,7 @@ CASES = [
 ]
 
 
+@SYMBOLIC_SIZES
 @pytest.mark.parametrize(("make", "inputs"), CASES)
 @pytest.mark.parametrize("training", [False, True])
 def test_graph_reproduces_shares_and_leaves_alone(make, inputs, training):
@@ -171,6 +173,7 @@ def test_graph_reproduces_shares_and_leaves_alone(make, inputs, training):
     assert traced.origin == "symbolic"
 
 
+@SYMBOLIC_SIZES
 def test_batch_size_stays_free_and_shapes_are_the_nodes_outputs():
     traced = trace(Tokens().eval(), torch.randint(20, (2, 5)))
     assert traced.shapes["ids"] == (2, 5)
@@ -187,6 +190,7 @@ def test_optional_arguments_take_their_defaults_and_constants_are_noted():
     assert any("'unused.weight'" in note for note in notes)
 
 
+@SYMBOLIC_SIZES
 def test_buffers_and_constants_keep_their_place_in_the_state_dict():
     module = ConvNet()
     traced = trace(module, torch.rand(2, 3, 8, 8))
@@ -195,6 +199,7 @@ def test_buffers_and_constants_keep_their_place_in_the_state_dict():
     assert traced.graph_module.get_buffer("shift") is module.shift
 
 
+@SYMBOLIC_SIZES
 def test_graph_modules_trace_again_copy_and_pickle():
     module = ConvNet().eval()
     x = torch.rand(2, 3, 8, 8)
@@ -355,6 +360,7 @@ def test_unusable_inputs_say_what_was_given(module, inputs, message, check):
         trace(module, inputs, check=check)
 
 
+@SYMBOLIC_SIZES
 @pytest.mark.parametrize(
     ("module", "shape", "source"),
     [
