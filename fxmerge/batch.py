@@ -1,12 +1,13 @@
-"""Numbers in a recorded graph that follow the batch size, told by a second recording on another batch.
+"""Numbers in a recorded graph that follow its inputs, told by recordings on another batch and on other values.
 
 view(x, (2, 3, 8)), view(x, (3, 3, 8))  -->  view(x, (size(input, 0), 3, 8))
+zeros(924, 8), zeros(565, 8)            -->  zeros(size(boxes, 0), 8)
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,15 @@ class Input:
     node: fx.Node
     path: tuple[Any, ...]
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A graph, the shapes of its nodes that gave one tensor, by name, and an input whose axis 0 may be the batch."""
+
+    graph: fx.Graph
+    shapes: Mapping[str, tuple[int, ...]]
+    source: Input
 
 
 def samples(inputs: Any) -> int | None:
@@ -40,69 +50,111 @@ def repeated(inputs: Any, count: int) -> Any:
     return pytree.tree_map(taken, inputs)
 
 
-def follow(graph: fx.Graph, other: fx.Graph, source: Input, there: Input) -> str | None:
-    """Makes numbers of ``graph`` that differ in ``other`` linear expressions of the batch size.
+def shuffled(inputs: Any) -> Any:
+    """The inputs with the values of every floating-point tensor in another order."""
+    rng = torch.Generator().manual_seed(0)
+
+    def taken(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return leaf.flatten()[torch.randperm(leaf.numel(), generator=rng).to(leaf.device)].view(leaf.shape)
+
+    return pytree.tree_map(taken, inputs)
+
+
+def follow(first: Recording, others: Sequence[Recording]) -> str | None:
+    """Makes numbers of the first graph that differ in others expressions of the batch size, or sizes of tensors.
 
     Args:
-        graph: the recording; changed in place.
-        other: the recording on another batch.
-        source: an input of ``graph`` whose axis 0 is the batch.
-        there: that input of ``other``.
+        first: its graph is changed in place.
+        others: recordings on another batch, on other values.
 
     Returns:
         Why it cannot be done, or None where it was; then the graph is unchanged, or half of it is.
     """
-    if len(graph.nodes) != len(other.nodes):
-        return f"there are {len(other.nodes)} operations on another batch instead of {len(graph.nodes)}"
-    pairs = dict(zip(graph.nodes, other.nodes, strict=True))
-    sizes = _Sizes(graph, source, there.shape[0] - source.shape[0])
-    for node, twin in pairs.items():
-        if (node.op, node.target) != (twin.op, twin.target):
+    for other in others:
+        if len(first.graph.nodes) != len(other.graph.nodes):
+            return f"there are {len(other.graph.nodes)} operations on another batch instead of {len(first.graph.nodes)}"
+    sizes = _Sizes(first, others)
+    for node, *twins in zip(*(list(r.graph.nodes) for r in (first, *others)), strict=True):
+        if any((node.op, node.target) != (twin.op, twin.target) for twin in twins):
             return f"'{node.name}' is another operation there"
+        sizes.twins[node] = twins
         try:
-            changed = sizes.joined((node.args, node.kwargs), (twin.args, twin.kwargs), pairs)
+            changed = sizes.joined([(n.args, n.kwargs) for n in (node, *twins)])
         except _Unlike:
-            return f"the arguments of '{node.name}' do not follow the batch size linearly"
+            return f"the arguments of '{node.name}' follow neither the batch size linearly nor the size of a tensor"
         node.args, node.kwargs = changed
+        sizes.see(node)
     return None
 
 
 class _Unlike(Exception):
-    """Two arguments that differ by more than sizes."""
+    """Arguments that differ by more than sizes."""
 
 
 class _Sizes:
-    """Nodes for ``slope * batch + rest``, made once each; ``more`` samples are in the other graph."""
+    """Nodes for what differs among recordings: ``slope * batch + rest``, or the size of an earlier node along an axis.
 
-    def __init__(self, graph: fx.Graph, source: Input, more: int) -> None:
-        self.graph, self.source, self.more = graph, source, more
+    Attributes:
+        twins: node -> its counterparts in the other graphs.
+        more: the other recordings' samples beyond those of the first.
+    """
+
+    def __init__(self, first: Recording, others: Sequence[Recording]) -> None:
+        self.graph, self.source, self.shapes = first.graph, first.source, [r.shapes for r in (first, *others)]
+        self.more = [other.source.shape[0] - first.source.shape[0] for other in others]
+        self.twins: dict[fx.Node, list[fx.Node]] = {}
         self.made: dict[tuple[int, int], fx.Node] = {}
-        self.last = list(graph.find_nodes(op="placeholder"))[-1]
+        self.read: dict[tuple[int, ...], fx.Node] = {}
+        self.at: dict[tuple[int, ...], tuple[fx.Node, int]] = {}
+        self.last = list(self.graph.find_nodes(op="placeholder"))[-1]
 
-    def joined(self, one: Any, two: Any, pairs: Mapping[fx.Node, fx.Node]) -> Any:
-        """What stands for both arguments."""
+    def see(self, node: fx.Node) -> None:
+        """Sizes of a node's value that differ among the recordings may be what numbers further on are."""
+        shapes = [s.get(n.name) for s, n in zip(self.shapes, (node, *self.twins[node]), strict=True)]
+        if None not in shapes and len({len(s) for s in shapes if s is not None}) == 1:
+            for axis, values in enumerate(zip(*shapes, strict=True)):  # type: ignore[arg-type]
+                if len(set(values)) > 1:
+                    self.at.setdefault(values, (node, axis))
+
+    def joined(self, values: Sequence[Any]) -> Any:
+        """What stands for all of them."""
+        one, *rest = values
         if isinstance(one, fx.Node):
-            if pairs[one] is not two:
+            if self.twins[one] != rest:
                 raise _Unlike
             return one
-        if type(one) is not type(two):
+        if any(type(other) is not type(one) for other in rest):
             raise _Unlike
         if isinstance(one, slice):
-            return slice(*self.joined([one.start, one.stop, one.step], [two.start, two.stop, two.step], pairs))
+            return slice(*self.joined([[v.start, v.stop, v.step] for v in values]))
         if isinstance(one, Mapping):
-            if list(one) != list(two):
+            if any(list(other) != list(one) for other in rest):
                 raise _Unlike
-            return {key: self.joined(one[key], two[key], pairs) for key in one}
+            return {key: self.joined([v[key] for v in values]) for key in one}
         if isinstance(one, (tuple, list)):
-            if len(one) != len(two):
+            if any(len(other) != len(one) for other in rest):
                 raise _Unlike
-            return type(one)(self.joined(a, b, pairs) for a, b in zip(one, two, strict=True))
-        if one == two or one != one:
+            return type(one)(self.joined(parts) for parts in zip(*values, strict=True))
+        if one != one or all(other == one for other in rest):
             return one
-        if type(one) is not int or (two - one) % self.more:
+        if type(one) is not int:
             raise _Unlike
-        slope = (two - one) // self.more
-        return self.node(slope, one - slope * self.source.shape[0])
+        return self.number(tuple(values))
+
+    def number(self, values: tuple[int, ...]) -> fx.Node:
+        one, *rest = values
+        slope = next(((v - one) // more for v, more in zip(rest, self.more, strict=True) if more), 0)
+        if all(v - one == slope * more for v, more in zip(rest, self.more, strict=True)):
+            return self.node(slope, one - slope * self.source.shape[0])
+        if values not in self.at:
+            raise _Unlike
+        if values not in self.read:
+            node, axis = self.at[values]
+            with self.graph.inserting_after(node):
+                self.read[values] = self.graph.call_method("size", (node, axis))
+        return self.read[values]
 
     def node(self, slope: int, rest: int) -> fx.Node:
         if (slope, rest) not in self.made:

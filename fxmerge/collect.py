@@ -190,6 +190,8 @@ class _Run:
         chosen_by = draw(self._seed, self._first + ordinal(number))
         for (k, t), known in self.sums.items():
             seen = [h[chosen[k][t].node] for h, chosen in zip(heard, self._taps, strict=True)]
+            if len({_around(v, chosen[k][t].axis) for v, chosen in zip(seen, self._taps, strict=True)}) > 1:
+                continue  # each parent chose its own (boxes, tokens): row by row they are not the same
             every = seen[0].numel() // seen[0].shape[self._taps[0][k][t].axis]
             most = size * min(self._positions, max(8, _ROW_BUDGET // sum(known.widths)))
             keep = torch.randint(every, (most,), generator=chosen_by) if every > most else None
@@ -214,6 +216,11 @@ class _Run:
         self.found().save(path)
         self._saved = time.monotonic()
         self._pause = max(_SAVE_EVERY, 20 * (self._saved - start))
+
+
+def _around(value: Tensor, axis: int) -> tuple[int, ...]:
+    """The shape without an axis."""
+    return (*value.shape[:axis], *value.shape[axis:][1:])
 
 
 def _batch_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

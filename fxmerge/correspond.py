@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
 
 from fxmerge.alike import counterparts
 from fxmerge.errors import StructureError, nth
-from fxmerge.ir import OUTPUT, AxisClass, AxisClasses
+from fxmerge.ir import OUTPUT, AxisClass, AxisClasses, Traced
+from fxmerge.running import full_state
 
 
 def require_same_structure(
@@ -62,6 +67,32 @@ def require_same_structure(
                 f"the parents differ in structure: {len(first)} classes of neurons in the first network, {len(other)} "
                 f"in the {nth(number)}, or at other places. Check that both are of the same architecture"
             )
+
+
+def carried(classes: AxisClasses, traced: Traced) -> AxisClasses | None:
+    """The classes of another network of the same graph, which are those of the first; None where it is to be asked.
+
+    Parameters may have any values. Constants must be equal: where entries of them are, neurons may be exchanged.
+    """
+    try:
+        pairs = counterparts(classes.traced, traced, nth(2), False)
+    except StructureError:
+        return None
+    if any((a.name, a.target) != (b.name, b.target) for a, b in pairs.items()):
+        return None
+    ours, theirs = (full_state(t.graph_module) | full_state(t.source) for t in (classes.traced, traced))
+    if _layout(ours) != _layout(theirs):
+        return None
+    known = classes.by_tensor()
+    read = {str(a.target) for a in pairs if a.op == "get_attr"} - known.keys()
+    constants = [n for n in read if n in ours and not isinstance(ours[n], nn.Parameter)]
+    return replace(classes, traced=traced) if all(torch.equal(ours[n], theirs[n]) for n in constants) else None
+
+
+def _layout(state: Mapping[str, Tensor]) -> list[tuple[str, tuple[int, ...], str]]:
+    """Names and shapes, and under which name a shared tensor came first."""
+    names: dict[int, str] = {}
+    return sorted((n, tuple(t.shape), names.setdefault(id(t), n)) for n, t in state.items())
 
 
 def alike_in_names(classes: Sequence[AxisClasses]) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxmerge.batch import follow, repeated, samples
+from fxmerge.batch import follow, repeated, samples, shuffled
 from fxmerge.errors import TraceError, few, told
 from fxmerge.recorder import Recorder
 from fxmerge.running import bind, call, difference, dropped, evaluating, fresh, plain
@@ -45,7 +45,7 @@ def record(
     notes = [*first.notes]
     trained = _told_in_training(first, partial(run, (args, kwargs)))
     _follow_mode(first, trained)
-    graph_module, why = _follow_batch(first, run, module, (args, kwargs), trained)
+    graph_module, why = _follow_inputs(first, run, module, (args, kwargs), trained)
     if why is not None:
         notes.append(f"the batch size is fixed in the graph: {why}")
     if missing := unread(graph_module, module):
@@ -126,25 +126,52 @@ def _follow_mode(recorder: Recorder, trained: Mapping[tuple[str, str, int], Any]
             flag.replace(mode if told_then is True else graph.call_function(operator.mul, (mode, told_then)))
 
 
-def _follow_batch(
+def _follow_inputs(
     recorder: Recorder, run: Run, module: nn.Module, arguments: Arguments, trained: Mapping[tuple[str, str, int], Any]
 ) -> tuple[fx.GraphModule, str | None]:
-    """The graph for any batch size where a run on another batch tells how; else the graph as it is, and why."""
+    """The graph for any batch size where a run on another batch tells how; else the graph of this one, and why.
+
+    Where values say how many there are of something, a run on others tells which numbers follow them.
+    """
     as_it_is = copy.deepcopy(recorder.graph)
-    why = _followed(recorder, run, arguments, trained)
+    others = _elsewhere(recorder, run, arguments, trained)
+    why = _followed(recorder, run, arguments, trained, others)
     if why is None:
         _assert_shapes(recorder, fixed=False)
         graph_module = recorder.built(module)
         why = _unlike(graph_module, module, arguments)
-    if why is not None:
-        recorder.graph = as_it_is
+    for given in (others, []) if why is not None else ():
+        recorder.graph = copy.deepcopy(as_it_is)
+        if given and follow(recorder.recording, [o.recording for o in given]) is not None:
+            continue
         _assert_shapes(recorder, fixed=True)
         graph_module = recorder.built(module)
+        if not given or _unlike_on(graph_module, module, shuffled(arguments)) is None:
+            break
     return graph_module, why
 
 
-def _followed(
+def _elsewhere(
     recorder: Recorder, run: Run, arguments: Arguments, trained: Mapping[tuple[str, str, int], Any]
+) -> list[Recorder]:
+    """A recording of the same operations on other values, where these say how many there are of something."""
+    if not recorder.selects:
+        return []
+    try:
+        other = run(shuffled(arguments))
+    except TraceError:
+        return []
+    _follow_mode(other, trained)
+    ways = ([(node.op, node.target) for node in r.graph.nodes] for r in (recorder, other))
+    return [other] if next(ways) == next(ways) else []
+
+
+def _followed(
+    recorder: Recorder,
+    run: Run,
+    arguments: Arguments,
+    trained: Mapping[tuple[str, str, int], Any],
+    others: Sequence[Recorder],
 ) -> str | None:
     """Makes numbers of the graph follow the batch size; why they cannot, where they cannot."""
     size = samples(arguments)
@@ -164,7 +191,7 @@ def _followed(
             "meets a tensor that follows the inputs and that no torch function made (but NumPy, a scripted function, "
             "another library)"
         )
-    return follow(recorder.graph, other.graph, recorder.inputs[0], other.inputs[0])
+    return follow(recorder.recording, [o.recording for o in (other, *others)])
 
 
 def _unlike(graph_module: fx.GraphModule, module: nn.Module, arguments: Arguments) -> str | None:
@@ -174,18 +201,22 @@ def _unlike(graph_module: fx.GraphModule, module: nn.Module, arguments: Argument
     """
     size = len(next(leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)))
     for count in (1, 3 * size) if size > 1 else (3,):
-        given = repeated(arguments, count)
-        try:
-            with evaluating(module):
-                expected = plain(call(module, *fresh(given)))
-            with evaluating(graph_module):
-                output = graph_module(*bind(graph_module.graph, *fresh(given)))
-            why = difference(expected, output)
-        except Exception as error:
-            why = told(error)
+        why = _unlike_on(graph_module, module, repeated(arguments, count))
         if why is None:
             return None
     return f"on a batch of {count}, {why}"
+
+
+def _unlike_on(graph_module: fx.GraphModule, module: nn.Module, given: Arguments) -> str | None:
+    """How graph and network differ on these inputs."""
+    try:
+        with evaluating(module):
+            expected = plain(call(module, *fresh(given)))
+        with evaluating(graph_module):
+            output = graph_module(*bind(graph_module.graph, *fresh(given)))
+        return difference(expected, output)
+    except Exception as error:
+        return told(error)
 
 
 def _assert_shapes(recorder: Recorder, fixed: bool) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxmerge.batch import Input
+from fxmerge.batch import Input, Recording
 from fxmerge.errors import TraceError
 from fxmerge.running import bind_forward, plain, preserved
 from fxmerge.symbolic import arrange
@@ -29,6 +29,8 @@ _READS = frozenset(
     "__bool__ __contains__ __complex__ __float__ __format__ __index__ __int__ __array__ allclose equal is_nonzero item "
     "numpy tolist".split()
 )
+# What has as many entries as values say.
+_SELECTS = frozenset("argwhere masked_select nms nonzero unique unique_consecutive where".split())
 _PLAIN = (
     bool, int, float, complex, str, type(None), type(...), range,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -80,6 +82,8 @@ class Recorder(TorchFunctionMode):
     """One run of ``root``; afterwards ``graph`` has it.
 
     Attributes:
+        shapes: name of a node that gave one tensor -> its shape.
+        selects: whether values of tensors say how many there are of something, or are read.
         notes: for the report.
         constants: name -> tensor, for those that come from nowhere in the module.
         inputs: every tensor among the inputs.
@@ -91,6 +95,8 @@ class Recorder(TorchFunctionMode):
         self.root = root
         self.graph = fx.Graph()
         self.notes: dict[str, None] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.selects = False
         self.constants: dict[str, Tensor] = {}
         self.flags: dict[tuple[str, str, int], Flag] = {}
         self.inputs: list[Input] = []
@@ -143,6 +149,10 @@ class Recorder(TorchFunctionMode):
         arrange(graph_module, module)
         return graph_module
 
+    @property
+    def recording(self) -> Recording:
+        return Recording(self.graph, self.shapes, self.inputs[0])
+
     def unread(self) -> int:
         """How many parameters of the module the graph does not use."""
         targets = {op: {node.target for node in self.graph.find_nodes(op=op)} for op in ("get_attr", "call_module")}
@@ -174,6 +184,7 @@ class Recorder(TorchFunctionMode):
             if whole in self._varying:
                 self._varying.add(node)
         self._places[id(tensor)] = (tensor, node, ())
+        self.shapes[node.name] = tuple(tensor.shape)
         return node
 
     def _outside(self, tensor: Tensor) -> fx.Node:
@@ -231,7 +242,10 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__iter__":
             return iter(self.__torch_function__(Tensor.unbind, types, args))
+        if name in _SELECTS or (name == "__getitem__" and any(t.dtype == torch.bool for _, t in _tensors(args[1:]))):
+            self.selects = True
         if name in _READS and any(self._node(t) in self._varying for _, t in _tensors((args, kwargs))):
+            self.selects = True
             self.notes["control flow that depends on values is recorded as it ran on the example inputs"] = None
         if name == "__set__" and func.__self__.__name__ == "data":
             raise TraceError("meets an assignment to .data, which no graph can do")
