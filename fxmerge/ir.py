@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxmerge.markup import element, table
 
+VALUES_DECIDE = "control flow that depends on values is recorded as it ran on the example inputs"
 OUTPUT = "the network's output"
 """Why an output neuron stays in place."""
 

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxmerge.batch import Input, Recording
 from fxmerge.errors import TraceError
+from fxmerge.ir import VALUES_DECIDE
 from fxmerge.running import bind_forward, plain, preserved
 from fxmerge.symbolic import arrange
 
@@ -246,7 +247,7 @@ class Recorder(TorchFunctionMode):
             self.selects = True
         if name in _READS and any(self._node(t) in self._varying for _, t in _tensors((args, kwargs))):
             self.selects = True
-            self.notes["control flow that depends on values is recorded as it ran on the example inputs"] = None
+            self.notes[VALUES_DECIDE] = None
         if name == "__set__" and func.__self__.__name__ == "data":
             raise TraceError("meets an assignment to .data, which no graph can do")
         versions = [(t, t._version) for _, t in _tensors((args, kwargs))]

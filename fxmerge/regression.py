@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxmerge.ranks import from_first, place, summed
+from fxmerge.ranks import from_first, place, summed, summed_numbers
 
 LAYERS = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 """Types of layers that can be fitted, with the spatial axes of their inputs."""
@@ -44,10 +44,16 @@ class Sums:
         wide = torch.float64 if z.device.type != "mps" else torch.float32
         self._sums = [total + part.to(wide) for total, part in zip(self._sums, new, strict=True)]
 
+    def __bool__(self) -> bool:
+        return bool(self._count)
+
     def join(self) -> None:
         """Adds what the other processes have, seen from the first one's rough means."""
         self._flush()
         if place()[1] == 1:
+            return
+        if summed_numbers([self._shift is not None])[0] < place()[1]:  # one has none
+            self._count = 0
             return
         assert self._shift is not None
         own, (products, square, z, t) = self._shift, self._sums

@@ -13,14 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from networks import randomise
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fxmerge
 from fxmerge.batch import repeated
-from fxmerge.errors import TraceError
+from fxmerge.errors import StructureError, TraceError
 from fxmerge.interpret import interpret
 from fxmerge.record import record
+from fxmerge.repair import LeastSquares, Rescale
 from fxmerge.running import as_call, call, difference, evaluating, fresh, plain
 from fxmerge.symbolic import symbolic
 from fxmerge.trace import trace
@@ -581,6 +583,56 @@ class Skipping(nn.Module):
             if not (self.training and torch.rand(()) < 0.5):
                 x = layer(x)
         return x
+
+
+class Chooses(nn.Module):
+    """As many rows go on as values say, and they are written into a tensor made to their number."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.first, self.score, self.second, self.head = (nn.Linear(6, n) for n in (6, 1, 6, 3))
+        randomise(self.double().eval(), seed)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = torch.tanh(self.first(x)).flatten(0, 1)
+        chosen = x[self.score(x)[:, 0] > 0]
+        made = torch.zeros((len(chosen) + 0, 6), dtype=x.dtype)
+        for level in (chosen.sum(1) > 0, chosen.sum(1) <= 0):
+            at = torch.where(level)[0]
+            made[at] = self.second(chosen[at])
+        return {"rows": self.head(made.relu()), "all": self.score(x).view(2, -1)}
+
+
+def test_numbers_follow_what_values_choose():
+    rng = torch.Generator().manual_seed(0)
+    x, *others = torch.randn(5, 2, 8, 6, dtype=torch.float64, generator=rng)
+    a, b = Chooses(0), Chooses(1)
+    counts = {len(network(v)["rows"]) for network in (a, b) for v in (x, *others)}
+    assert len(counts) > 3
+    assert trace(a, x).origin == "recorded"
+    for options in ({}, {"data": [x, *others], "repair": LeastSquares()}, {"data": [x, *others], "repair": Rescale()}):
+        result = fxmerge.merge(a, b, example_inputs=x, progress=False, **options)
+        network = Chooses(0)
+        network.load_state_dict(result.module.state_dict())
+        for v in (x, *others):
+            torch.testing.assert_close(result.module(v), network(v))
+    told = [n for n in result.report.notes if "matched on weights" in n]
+    assert "second.weight" in told[0]
+    assert "first.weight" not in told[0]
+
+
+class Loops(Chooses):
+    """An operation for every row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x)).flatten(0, 1)
+        return sum((self.head(self.second(row)) for row in x[self.score(x)[:, 0].gt(0)]), self.head(self.second(x[0])))
+
+
+def test_runs_that_went_different_ways_are_told_apart_from_architectures():
+    x = torch.randn(2, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(StructureError, match="values of tensors decided how many operations ran"):
+        fxmerge.merge(Loops(0), Loops(1), example_inputs=x, progress=False)
 
 
 def test_layers_left_out_at_random_in_training_follow_mode_and_batch():

@@ -98,10 +98,11 @@ class LeastSquares(AbstractRepair):
                     sums = Sums()
                     for batch in range(len(inputs)):
                         x = fused.until(batch, node)[node.args[0]]
-                        places, target = source.of(step, batch)
-                        sums.add(patches(layer, x, places), target.unflatten(1, (step.groups, -1)))
+                        if (found := source.of(step, batch, len(x))) is not None:
+                            places, target = found
+                            sums.add(patches(layer, x, places), target.unflatten(1, (step.groups, -1)))
                     sums.join()
-                    if refit(layer, _module(module, step.norm), sums, self.ridge, statistics):
+                    if sums and refit(layer, _module(module, step.norm), sums, self.ridge, statistics):
                         refitted += 1
                         settled.add(step.out)
                 elif isinstance(layer, _BatchNorm) and layer.running_mean is not None and node.name not in settled:
@@ -122,13 +123,19 @@ class _Targets:
         self._batches = summed_numbers([parents[0].batches])[0]
         self._places: dict[tuple[fx.Node, int], tuple[Tensor, ...]] = {}
         self._sums: dict[tuple[str, int], Tensor] = {}
+        self._shapes: defaultdict[tuple[fx.Node, int], set[tuple[int, ...]]] = defaultdict(set)
         for p, runs in enumerate(parents):
             runs.heard = lambda batch, name, value, p=p: self._hear(p, batch, name, value)  # type: ignore[misc]
 
-    def of(self, step: _Step, batch: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Places in the layer's output (an index per axis but the channels') and targets there [rows, n]."""
+    def of(self, step: _Step, batch: int, length: int) -> tuple[tuple[Tensor, ...], Tensor] | None:
+        """Places in the layer's output (an index per axis but the channels') and targets there [rows, n].
+
+        None where the networks chose their own boxes or tokens, other than ``length`` of them: no two are the same.
+        """
         for runs in self._parents:
             runs.past(batch, step.last)
+        if {s[0] for s in self._shapes[step.node, batch]} != {length} or len(self._shapes[step.node, batch]) > 1:
+            return None
         target = self._sums.pop((step.out, batch))
         if step.relu:
             after = self._sums.pop((step.last, batch))
@@ -140,6 +147,9 @@ class _Targets:
         if step is None:
             return
         value = value.movedim(step.axis, -1)
+        self._shapes[step.node, batch].add(tuple(value.shape[:-1]))
+        if len(self._shapes[step.node, batch]) > 1:
+            return
         places = self._places.get((step.node, batch))
         if places is None:
             every, wanted = math.prod(value.shape[:-1]), self._rows * step.layer.weight[0].numel()
