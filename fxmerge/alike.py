@@ -10,7 +10,7 @@ from torch import fx
 from torch.nn.modules.dropout import _DropoutNd
 
 from fxmerge.errors import StructureError
-from fxmerge.ir import VALUES_DECIDE, Traced
+from fxmerge.ir import Traced
 from fxmerge.rules import MOVEMENT
 
 
@@ -74,15 +74,9 @@ def counterparts(
         ]
         if said[0] != said[1] or pair[0] is None or pair[1] is None:
             where = next(n for n in pair if n is not None).name
-            way = "Check that both are of the same architecture"
-            if VALUES_DECIDE in first.notes:
-                way = (
-                    "Where values of tensors decided how many operations ran, give example_inputs on which both run "
-                    "alike, or merge the part whose operations do not depend on values (a backbone)"
-                )
             raise StructureError(
                 f"the parents differ in structure at node '{where}': {said[0]} in the first network, {said[1]} in the "
-                f"{nth}. {way}"
+                f"{nth}. Check that both are of the same architecture"
             )
         for n, names in zip(pair, number, strict=True):
             assert n is not None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -21,10 +22,10 @@ from fxmerge.correspond import alike_in_names, carried, require_same_structure
 from fxmerge.coupling import side_by_side
 from fxmerge.data import feeder, reusable, try_batch
 from fxmerge.depth import CLAFusion, Grown, Link, balanced
-from fxmerge.errors import FxMergeError, FxMergeWarning, InputError, one_of
+from fxmerge.errors import FxMergeError, FxMergeWarning, InputError, StructureError, one_of
 from fxmerge.fingerprint import fingerprint
 from fxmerge.interfaces import AbstractDepthAligner, AbstractMatcher, AbstractRepair, Problem, Sample
-from fxmerge.ir import OUTPUT, Alignment, AxisClasses, Traced
+from fxmerge.ir import OUTPUT, VALUES_DECIDE, Alignment, AxisClasses, Traced
 from fxmerge.layout import resized
 from fxmerge.matchers import ActivationMatching, OTFusion, WeightMatching
 from fxmerge.moments import Statistics
@@ -189,7 +190,7 @@ def prepare(request: Request, clock: Clock) -> Prepared:
         links: list[Link] = []
         order = list(range(len(models)))
         if depth is not None and not streamed and (target is not None or not alike_in_names(classes)):
-            with clock("depth"):
+            with clock("depth"), _values_told(traced):
                 sample = None if batches is None else Sample(batches, feed, progress)
                 how = {"deeper": "grow", "shallower": "shrink"}.get(str(target), aligner.balance)
                 how = depth if isinstance(depth, str) and not isinstance(target, str) else how
@@ -211,7 +212,8 @@ def prepare(request: Request, clock: Clock) -> Prepared:
             raise InputError(
                 f"the target has other widths than the networks, and {matcher} keeps theirs: use OTFusion()"
             )
-        require_same_structure(classes, apart, matcher.any_width)
+        with _values_told(traced):
+            require_same_structure(classes, apart, matcher.any_width)
         if heads != "average" and not apart:
             raise InputError(f"heads={heads!r}, but no layer writes the outputs of this network")
         unknown = [p for p in shares if not any(c.name.startswith(p) for c in classes[0])]
@@ -268,6 +270,20 @@ def _traced(models: Sequence[nn.Module], example_inputs: Any, device: torch.devi
     first = trace(parents[0], example_inputs)
     given = first.kwargs or first.args
     return [first, *(trace(m, dict(given) if isinstance(given, Mapping) else given) for m in parents[1:])]
+
+
+@contextmanager
+def _values_told(traced: Sequence[Traced]) -> Iterator[None]:
+    """Says so where parents may differ in structure since each was recorded as its values decided."""
+    try:
+        yield
+    except StructureError as error:
+        if not any(VALUES_DECIDE in t.notes for t in traced):
+            raise
+        raise StructureError(
+            f"{error}. Values of tensors decide which operations run in these networks: give example_inputs on which "
+            "all run alike, or merge the part that does not depend on values (a backbone)"
+        ) from error
 
 
 def _known(statistics: Statistics | str | Path | None, data: Iterable[Any] | None) -> Statistics | None:

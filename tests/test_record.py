@@ -631,7 +631,7 @@ class Loops(Chooses):
 
 def test_runs_that_went_different_ways_are_told_apart_from_architectures():
     x = torch.randn(2, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(StructureError, match="values of tensors decided how many operations ran"):
+    with pytest.raises(StructureError, match="Values of tensors decide which operations run"):
         fxmerge.merge(Loops(0), Loops(1), example_inputs=x, progress=False)
 
 
