@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.batch import follow, repeated, samples, shuffled
 from fxmerge.errors import TraceError, few, told
+from fxmerge.ir import VALUES_DECIDE
 from fxmerge.recorder import Recorder
 from fxmerge.running import bind, call, difference, dropped, evaluating, fresh, plain
 from fxmerge.stored import stays_on_disk
@@ -42,10 +43,10 @@ def record(
     if any("_orig_mod" in m._modules for m in module.modules()):
         raise TraceError("does not look into compiled modules: give the module that torch.compile was given")
     first, run = _first(module, (args, kwargs))
-    notes = [*first.notes]
     trained = _told_in_training(first, partial(run, (args, kwargs)))
     _follow_mode(first, trained)
     graph_module, why = _follow_inputs(first, run, module, (args, kwargs), trained)
+    notes = [*first.notes]
     if why is not None:
         notes.append(f"the batch size is fixed in the graph: {why}")
     if missing := unread(graph_module, module):
@@ -154,7 +155,7 @@ def _follow_inputs(
 def _elsewhere(
     recorder: Recorder, run: Run, arguments: Arguments, trained: Mapping[tuple[str, str, int], Any]
 ) -> list[Recorder]:
-    """A recording of the same operations on other values, where these say how many there are of something."""
+    """A recording on other values, where these say how many there are of something, and the operations are the same."""
     if not recorder.selects:
         return []
     try:
@@ -163,7 +164,10 @@ def _elsewhere(
         return []
     _follow_mode(other, trained)
     ways = ([(node.op, node.target) for node in r.graph.nodes] for r in (recorder, other))
-    return [other] if next(ways) == next(ways) else []
+    if next(ways) == next(ways):
+        return [other]
+    recorder.notes[VALUES_DECIDE] = None
+    return []
 
 
 def _followed(
