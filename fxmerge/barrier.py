@@ -248,12 +248,22 @@ def _evaluate(
                     f"the cross-entropy is for tensors, not for a {_described(output)} and the target "
                     f"{_described(target)}; give loss(output, target)"
                 )
-            losses += size * float((loss or F.cross_entropy)(output, target))
+            losses += size * float((loss or _cross_entropy)(output, target))
             if score is None and samples == 0 and _are_labels(output, target):
                 score = _accuracy
             metrics += size * float(score(output, target)) if score else 0.0
         samples += size
     return losses / samples, metrics / samples if score else None
+
+
+def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """Told of labels that no output stands for, which on CUDA would end all work of the process."""
+    known = target[target != -100]  # what the loss leaves out
+    if output.ndim > 1 and not target.is_floating_point() and known.numel():
+        low, high = known.min(), known.max()
+        if low < 0 or high >= output.shape[1]:
+            raise IndexError(f"labels from {low} to {high} for {output.shape[1]} outputs")
+    return F.cross_entropy(output, target)
 
 
 def _are_labels(output: Any, target: Any) -> bool:

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from fxmerge.errors import FxMergeError, told
 from fxmerge.folder import partial_folder, to_disk
+from fxmerge.running import device_of, to_device
 from fxmerge.stored import stays_on_disk
 
 _ONNX_LIMIT = 1.9e9  # bytes of tensors; a file of the format holds 2 GB
@@ -113,7 +114,8 @@ def _exported(
     """What ``write`` makes of ``module`` in eval mode, at ``path``."""
     if stays_on_disk(module):
         raise FxMergeError(f"{exporter} takes a network in memory: save this one, and export what load gives")
-    args, kwargs, shapes = _with_dynamic_batch(module, args, dict(kwargs or {}))
+    given = to_device((args, dict(kwargs or {})), device_of(module))
+    args, kwargs, shapes = _with_dynamic_batch(module, *given)
     with partial_folder(path) as partial:
         try:
             with _evaluated(module), warnings.catch_warnings():

@@ -194,7 +194,7 @@ def prepare(request: Request, clock: Clock) -> Prepared:
                 sample = None if batches is None else Sample(batches, feed, progress)
                 how = {"deeper": "grow", "shallower": "shrink"}.get(str(target), aligner.balance)
                 how = depth if isinstance(depth, str) and not isinstance(target, str) else how
-                template = _template(target, models, classes, given) if isinstance(target, nn.Module) else None
+                template = _template(target, models, classes, given, work) if isinstance(target, nn.Module) else None
                 grown, links, chosen = balanced(classes, template, how, aligner, sample)
                 order = sorted(range(len(models)), key=lambda k: k != chosen)
                 grown, classes = [grown[k] for k in order], [grown[k].classes for k in order]
@@ -316,13 +316,17 @@ def _shared(shares: tuple[float, ...], k: int, grown: Sequence[Grown], keep: boo
 
 
 def _template(
-    target: nn.Module, models: Sequence[nn.Module], classes: Sequence[AxisClasses], given: Any
+    target: nn.Module,
+    models: Sequence[nn.Module],
+    classes: Sequence[AxisClasses],
+    given: Any,
+    device: torch.device,
 ) -> AxisClasses:
     """The classes of the network whose depth and widths the result shall have."""
     for model, found in zip(models, classes, strict=True):
         if target is model:
             return found
-    target = copy.deepcopy(target).to(device_of(models[0]))
+    target = copy.deepcopy(target).to(device)
     return infer_classes(trace(target, dict(given) if isinstance(given, Mapping) else given))
 
 

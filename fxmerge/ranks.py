@@ -77,7 +77,7 @@ def spread(
         if min(threads, len(given)) <= 1:
             done = [function(i) for i in given]
         else:
-            with ThreadPoolExecutor(threads) as pool:
+            with ThreadPoolExecutor(threads, initializer=_at_work) as pool:
                 done = list(pool.map(function, given))
     except Exception as error:
         if world == 1:
@@ -92,6 +92,12 @@ def spread(
         raise failed or errors[0]
     found = {i: r for numbers, results, _ in shares for i, r in zip(numbers, results, strict=True)}
     return [found[i] for i in range(len(items))]
+
+
+def _at_work() -> None:
+    """A thread of its own works on the device that the process works on."""
+    if torch.cuda.is_initialized():
+        torch.cuda.set_device(torch.cuda.current_device())
 
 
 def _together(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> list[Tensor]:

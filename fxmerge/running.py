@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,7 +63,9 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """As ``preserved``, with every submodule in eval mode and under ``torch.no_grad``."""
-    with preserved(*modules), torch.no_grad():
+    with preserved(*modules), torch.no_grad(), warnings.catch_warnings():
+        if torch.cuda.is_initialized():  # of weights that stand in for others during one run
+            warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         # Not module.eval(): some networks override train() to fold weights in place, which nothing could undo.
         everything = _submodules(modules)
         _set_modes(everything, [False] * len(everything))

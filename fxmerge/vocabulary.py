@@ -67,7 +67,7 @@ def _function_names() -> dict[Callable[..., Any], str]:
 def methods() -> frozenset[str]:
     """Names of the tensor methods that a graph may call."""
     overridable = set(get_overridable_functions()[torch.Tensor])
-    names = {name for name in dir(Tensor) if (f := getattr(Tensor, name)).__hash__ and f in overridable}
+    names = {name for name in dir(Tensor) if callable(f := getattr(Tensor, name)) and f in overridable}
     operators = {name for name in names if name in vars(operator) or f"__{name[3:]}" in vars(operator)}  # __radd__ too
     public = {name for name in names if not name.startswith("_")}
     return frozenset((public - _UNSAFE).union(operators, _CONVERSIONS, _METHODS_BESIDES))

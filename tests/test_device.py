@@ -144,7 +144,7 @@ def test_a_merge_on_cuda_finds_what_the_cpu_finds(name):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_parents_on_cuda_give_a_network_on_cuda():
-    options = {"example_inputs": IMAGES[:2].cuda(), "data": IMAGES.cuda().split(16), "progress": False}
+    options = {"example_inputs": IMAGES[:2].cuda(), "data": IMAGES.cuda().split(16), "progress": False, "repair": None}
     found = fxmerge.merge(network(0).cuda(), network(1).cuda(), **options).module
     assert {v.device.type for v in found.state_dict().values()} == {"cuda"}
     expected = merged(network, ActivationMatching(), None, {}, 3, "cpu").state_dict()

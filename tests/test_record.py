@@ -488,7 +488,7 @@ def test_a_permuted_twin_merges_into_the_parent(body, tmp_path):
     assert checked.moved > 0
     assert checked.error <= 1e-9
     twin = fxmerge.permute(module, classes, seed=1)
-    result = fxmerge.merge(module, twin, example_inputs=X, progress=False)
+    result = fxmerge.merge(module, twin, example_inputs=X, device="cpu", progress=False)
     assert list(result.module.state_dict()) == list(module.state_dict())
     torch.testing.assert_close(result.module.state_dict(), module.state_dict())
     assert any("recorded from one run" in note for note in result.report.notes)
@@ -502,7 +502,7 @@ def test_statistics_come_from_batches_of_any_size():
     module = net(merged_body)
     twin = fxmerge.permute(module, fxmerge.infer_classes(module, X), seed=1)
     data = [3 * torch.randn(size, 6) for size in (80, 80, 3)]
-    result = fxmerge.merge(module, twin, example_inputs=X, data=data, repair=None, progress=False)
+    result = fxmerge.merge(module, twin, example_inputs=X, data=data, repair=None, device="cpu", progress=False)
     torch.testing.assert_close(result.module.state_dict(), module.state_dict())
     with pytest.raises(fxmerge.InputError, match=r"batch 1 of the data .* must be of shape \[any, 6\]"):
         fxmerge.merge(module, twin, example_inputs=X, data=[X, torch.rand(2, 5)], progress=False)
@@ -566,9 +566,9 @@ def test_networks_without_kernels_for_float64_are_told():
 def test_constants_of_either_front_end_reach_the_fused_network():
     for body in (lambda self, x: self.layer(x + torch.ones(6)), attributes):
         module = net(body)
-        result = fxmerge.merge(module, net(body), example_inputs=X, progress=False)
+        result = fxmerge.merge(module, net(body), example_inputs=X, device="cpu", progress=False)
         assert list(result.module.state_dict()) == list(module.state_dict())
-        assert_follows(fxmerge.merge(module, module, example_inputs=X, progress=False).module, module, X)
+        assert_follows(fxmerge.merge(module, module, example_inputs=X, device="cpu", progress=False).module, module, X)
 
 
 class Skipping(nn.Module):
@@ -596,7 +596,7 @@ class Chooses(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = torch.tanh(self.first(x)).flatten(0, 1)
         chosen = x[self.score(x)[:, 0] > 0]
-        made = torch.zeros((len(chosen) + 0, 6), dtype=x.dtype)
+        made = torch.zeros((len(chosen) + 0, 6), dtype=x.dtype, device=x.device)
         for level in (chosen.sum(1) > 0, chosen.sum(1) <= 0):
             at = torch.where(level)[0]
             made[at] = self.second(chosen[at])

@@ -55,8 +55,8 @@ def assert_same(one: Statistics, two: Statistics, tolerance: float = 1e-12) -> N
     for k, taps in one.moments.items():
         for a, b in zip(taps, two.moments[k], strict=True):
             assert (a.count, a.widths) == (b.count, b.widths)
-            torch.testing.assert_close(a.mean, b.mean, rtol=tolerance, atol=tolerance)
-            torch.testing.assert_close(a.covariance, b.covariance, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(a.mean.cpu(), b.mean.cpu(), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(a.covariance.cpu(), b.covariance.cpu(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("sizes", [(101,), (1,) * 101, (50, 51), (3, 90, 8)], ids=["one", "all", "two", "three"])

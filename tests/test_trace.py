@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from versions import SYMBOLIC_SIZES
+from versions import PERSISTENCE, SYMBOLIC_SIZES
 
 from fxmerge.errors import InputError
 from fxmerge.guess import infer_example_inputs
@@ -199,6 +199,7 @@ def test_buffers_and_constants_keep_their_place_in_the_state_dict():
     assert traced.graph_module.get_buffer("shift") is module.shift
 
 
+@PERSISTENCE
 @SYMBOLIC_SIZES
 def test_graph_modules_trace_again_copy_and_pickle():
     module = ConvNet().eval()

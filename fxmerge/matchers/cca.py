@@ -117,10 +117,15 @@ def _cross(affinity: Affinity, a: _Frame, b: int, other: _Frame) -> Tensor:
 
 
 def _turn(cross: Tensor) -> Tensor:
-    """U V' of a singular value decomposition; where that is not determined, the one nearest to the identity."""
+    """U V' of a singular value decomposition; where that is not determined, the one nearest to the identity.
+
+    Among neurons that nothing shows, many are as near: numbers drawn once and for all decide, not rounding.
+    """
     left, values, right = torch.linalg.svd(cross)
     shown = int((values > 1e-6 * values[0]).sum())
-    free, _, other = torch.linalg.svd(left[:, shown:].T @ right[shown:].T)
+    drawn = torch.randn(cross.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    near = torch.eye(len(cross)).to(cross) + 1e-6 * drawn.to(cross)
+    free, _, other = torch.linalg.svd(left[:, shown:].T @ near @ right[shown:].T)
     return left[:, :shown] @ right[:shown] + left[:, shown:] @ free @ other @ right[shown:]
 
 
