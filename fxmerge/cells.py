@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -82,7 +83,12 @@ def class_by_class(
     widths = {**problem.widths, **(widths or {})}
     # what activations alone decide can be solved at once, by whichever process
     open_ = [f for f in groups if not hidden & set(f) and any(k in heard for k in f)]
-    solved = spread(lambda f: _of_present(problem, f, heard, solve, widths, worth), open_, lambda f: _cost(first, f))
+
+    @torch.no_grad()  # threads do not inherit it
+    def alone(family: tuple[int, ...]) -> dict[int, Coupling]:
+        return _of_present(problem, family, heard, solve, widths, worth)
+
+    solved = spread(alone, open_, partial(_cost, first), problem.threads)
     ready = dict(zip(open_, solved, strict=True))
     with tqdm(total=rounds * len(groups), desc=method, disable=not problem.progress, leave=False) as bar:
         for number in range(rounds):

@@ -385,10 +385,17 @@ def _name(text: str) -> str:
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Say ``where`` in every error that a damaged file, or a value that cannot be stored, causes inside."""
+    """Say ``where`` in every error that a damaged file, or a value that cannot be stored, causes inside.
+
+    Both may hold what stands in the file, of any length.
+    """
     try:
         yield
     except FormatError as error:
-        raise FormatError(f"{where}: {error}") from error
+        raise FormatError(f"{_cut(where)}: {_cut(str(error))}") from error
     except _FAULTS as error:
-        raise FormatError(f"{where}: {told(error)}") from error
+        raise FormatError(f"{_cut(where)}: {_cut(told(error))}") from error
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 500 else f"{text[:500]} .."

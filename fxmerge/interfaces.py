@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,11 @@ class Problem:
     absent: tuple[frozenset[int], ...] = ()
     widths: Mapping[int, int] = field(default_factory=dict)
     room: float = math.inf
+
+    @property
+    def threads(self) -> int:
+        """How many things may be worked on at once: assignments leave the interpreter free, but each needs memory."""
+        return (os.cpu_count() or 1) if self.room == math.inf else 1
 
     def held(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The same, all made at once where there is room for them."""

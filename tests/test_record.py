@@ -505,7 +505,7 @@ def test_statistics_come_from_batches_of_any_size():
     result = fxmerge.merge(module, twin, example_inputs=X, data=data, repair=None, device="cpu", progress=False)
     torch.testing.assert_close(result.module.state_dict(), module.state_dict())
     with pytest.raises(fxmerge.InputError, match=r"batch 1 of the data .* must be of shape \[any, 6\]"):
-        fxmerge.merge(module, twin, example_inputs=X, data=[X, torch.rand(2, 5)], progress=False)
+        fxmerge.merge(module, twin, example_inputs=X, data=[X, torch.rand(2, 5)], device="cpu", progress=False)
 
 
 def test_packed_sequences_leave_hidden_units_free():

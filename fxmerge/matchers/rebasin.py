@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -58,9 +56,7 @@ class WeightMatching(AbstractMatcher):
                     for p in (0, b)
                 )
                 start = partial(self._start, problem, target, state)
-                # Assignments and products leave the interpreter free, but every start has scores of its own.
-                threads = (os.cpu_count() or 1) if problem.room == math.inf else 1
-                for value, permutation in spread(start, range(self.restarts), threads=threads):
+                for value, permutation in spread(start, range(self.restarts), threads=problem.threads):
                     if value > objective * (1 + 1e-9) or best is None:
                         best, objective = permutation, value
                     bar.update()
