@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from fxmerge.errors import FormatError, told
+from fxmerge.errors import FormatError, cut, told
 from fxmerge.shards import TENSORS
 from fxmerge.stored import Stored
 from fxmerge.vocabulary import ATTRIBUTES, function, function_name, methods, module_class
@@ -392,10 +392,6 @@ def naming(where: str) -> Iterator[None]:
     try:
         yield
     except FormatError as error:
-        raise FormatError(f"{_cut(where)}: {_cut(str(error))}") from error
+        raise FormatError(f"{cut(where)}: {cut(str(error))}") from error
     except _FAULTS as error:
-        raise FormatError(f"{_cut(where)}: {_cut(told(error))}") from error
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 500 else f"{text[:500]} .."
+        raise FormatError(f"{cut(where)}: {cut(told(error))}") from error

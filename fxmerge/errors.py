@@ -50,6 +50,11 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".rstrip(". \n")
 
 
+def cut(text: str) -> str:
+    """The head of a text that may hold whatever a file holds."""
+    return text if len(text) <= 500 else f"{text[:500]} .."
+
+
 def few(names: list[str]) -> str:
     """Three of the names and the number of the others."""
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
