@@ -736,7 +736,7 @@ def test_damaged_folders(damage, message, folder) -> None:
 
 def test_what_a_damaged_file_holds_is_not_told_at_length(folder) -> None:
     edit(folder, lambda d: d["tensors"]["fc.bias"].update(shape=[[1] * 9999]))
-    with pytest.raises(FormatError, match="'fc.bias' is torch.float32") as caught:
+    with pytest.raises(FormatError, match=r"'fc\.bias' is torch\.float32") as caught:
         load(folder)
     assert len(str(caught.value)) < 2000
 
