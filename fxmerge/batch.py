@@ -51,11 +51,12 @@ def repeated(inputs: Any, count: int) -> Any:
 
 
 def shuffled(inputs: Any) -> Any:
-    """The inputs with the values of every floating-point tensor in another order."""
+    """The inputs with the values of every tensor of numbers in another order; of integers where there is no other."""
     rng = torch.Generator().manual_seed(0)
+    floating = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(inputs))
 
     def taken(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        if not isinstance(leaf, Tensor) or leaf.is_floating_point() != floating:
             return leaf
         return leaf.flatten()[torch.randperm(leaf.numel(), generator=rng).to(leaf.device)].view(leaf.shape)
 
@@ -166,7 +167,7 @@ class _Sizes:
             return self._append("call_function", operator.add, self.node(slope, 0), rest)
         if slope != 1:
             return self._append("call_function", operator.mul, self.node(1, 0), slope)
-        node = self.source.node
+        node = next(n for n in self.graph.nodes if n.name == self.source.node.name)
         for key in self.source.path:
             node = self._append("call_function", operator.getitem, node, key)
         return self._append("call_method", "size", node, 0)

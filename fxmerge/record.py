@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -134,53 +134,50 @@ def _follow_inputs(
 
     Where values say how many there are of something, a run on others tells which numbers follow them.
     """
-    as_it_is = copy.deepcopy(recorder.graph)
-    others = _elsewhere(recorder, run, arguments, trained)
-    why = _followed(recorder, run, arguments, trained, others)
-    if why is None:
-        _assert_shapes(recorder, fixed=False)
-        graph_module = recorder.built(module)
-        why = _unlike(graph_module, module, arguments)
-    for given in (others, []) if why is not None else ():
+    as_it_is = recorder.graph
+    values = _on_other_values(recorder, run, arguments, trained)
+    batch, why = _on_another_batch(recorder, run, arguments, trained)
+    ways = [(b, v) for b in (batch, None) for v in (values, None)]
+    for on, of in dict.fromkeys(ways):  # what follows less is less likely to fail
         recorder.graph = copy.deepcopy(as_it_is)
-        if given and follow(recorder.recording, [o.recording for o in given]) is not None:
-            continue
-        _assert_shapes(recorder, fixed=True)
-        graph_module = recorder.built(module)
-        if not given or _unlike_on(graph_module, module, shuffled(arguments)) is None:
+        reason = follow(recorder.recording, [r.recording for r in (on, of) if r is not None])
+        if reason is None:
+            _assert_shapes(recorder, fixed=on is None)
+            graph_module = recorder.built(module)
+            reason = None if on is None else _unlike(graph_module, module, arguments)
+        if reason is None and of is not None:
+            reason = _unlike_on(graph_module, module, shuffled(arguments))
+        if reason is None:
             break
-    return graph_module, why
+        why = why if on is None else reason
+    return graph_module, why if on is None else None
 
 
-def _elsewhere(
+def _on_other_values(
     recorder: Recorder, run: Run, arguments: Arguments, trained: Mapping[tuple[str, str, int], Any]
-) -> list[Recorder]:
-    """A recording on other values, where these say how many there are of something, and the operations are the same."""
+) -> Recorder | None:
+    """A recording of the same operations on other values, where these say how many there are of something."""
     if not recorder.selects:
-        return []
+        return None
     try:
         other = run(shuffled(arguments))
     except TraceError:
-        return []
+        return None
     _follow_mode(other, trained)
     ways = ([(node.op, node.target) for node in r.graph.nodes] for r in (recorder, other))
     if next(ways) == next(ways):
-        return [other]
+        return other
     recorder.notes[VALUES_DECIDE] = None
-    return []
+    return None
 
 
-def _followed(
-    recorder: Recorder,
-    run: Run,
-    arguments: Arguments,
-    trained: Mapping[tuple[str, str, int], Any],
-    others: Sequence[Recorder],
-) -> str | None:
-    """Makes numbers of the graph follow the batch size; why they cannot, where they cannot."""
+def _on_another_batch(
+    recorder: Recorder, run: Run, arguments: Arguments, trained: Mapping[tuple[str, str, int], Any]
+) -> tuple[Recorder | None, str]:
+    """A recording on another batch, or why there is none."""
     size = samples(arguments)
     if size is None:
-        return "the inputs have no batch axis in common"
+        return None, "the inputs have no batch axis in common"
     for count in (size + 1, 2 * size):  # the former is less work, but some networks take clips of several frames
         try:
             other = run(repeated(arguments, count))
@@ -188,14 +185,14 @@ def _followed(
         except TraceError as error:
             why = f"on a batch of {count}, recording {error}"
     else:
-        return why
+        return None, why
     _follow_mode(other, trained)
     if recorder.constants.keys() == other.constants.keys() and difference(recorder.constants, other.constants):
         raise TraceError(
             "meets a tensor that follows the inputs and that no torch function made (but NumPy, a scripted function, "
             "another library)"
         )
-    return follow(recorder.recording, [o.recording for o in (other, *others)])
+    return other, ""
 
 
 def _unlike(graph_module: fx.GraphModule, module: nn.Module, arguments: Arguments) -> str | None:

@@ -31,7 +31,7 @@ _READS = frozenset(
     "numpy tolist".split()
 )
 # What has as many entries as values say.
-_SELECTS = frozenset("argwhere masked_select nms nonzero unique unique_consecutive where".split())
+_SELECTS = frozenset("argwhere masked_select nms nonzero unique unique_consecutive".split())
 _PLAIN = (
     bool, int, float, complex, str, type(None), type(...), range,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -243,7 +243,7 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__iter__":
             return iter(self.__torch_function__(Tensor.unbind, types, args))
-        if name in _SELECTS or (name == "__getitem__" and any(t.dtype == torch.bool for _, t in _tensors(args[1:]))):
+        if name in _SELECTS or (name == "where" and len(args) == 1) or _is_masked(name, args):
             self.selects = True
         if name in _READS and any(self._node(t) in self._varying for _, t in _tensors((args, kwargs))):
             self.selects = True
@@ -347,6 +347,10 @@ class Recorder(TorchFunctionMode):
                 self.graph.erase_node(node)
         kept = {node.target for node in self.graph.find_nodes(op="get_attr")}
         self.constants = {name: value for name, value in self.constants.items() if name in kept}
+
+
+def _is_masked(name: str, args: Any) -> bool:
+    return name == "__getitem__" and any(t.dtype == torch.bool for _, t in _tensors(args[1:]))
 
 
 def _tensors(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:

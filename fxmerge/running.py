@@ -63,12 +63,21 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
     """As ``preserved``, with every submodule in eval mode and under ``torch.no_grad``."""
-    with preserved(*modules), torch.no_grad(), warnings.catch_warnings():
-        if torch.cuda.is_initialized():  # of weights that stand in for others during one run
-            warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+    with preserved(*modules), torch.no_grad(), _scattered():
         # Not module.eval(): some networks override train() to fold weights in place, which nothing could undo.
         everything = _submodules(modules)
         _set_modes(everything, [False] * len(everything))
+        yield
+
+
+@contextmanager
+def _scattered() -> Iterator[None]:
+    """Weights that stand in for a recurrent layer's own during one run may lie anywhere: CUDA need not warn of that."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         yield
 
 

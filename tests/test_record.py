@@ -21,6 +21,7 @@ import fxmerge
 from fxmerge.batch import repeated
 from fxmerge.errors import StructureError, TraceError
 from fxmerge.interpret import interpret
+from fxmerge.ir import VALUES_DECIDE
 from fxmerge.record import record
 from fxmerge.repair import LeastSquares, Rescale
 from fxmerge.running import as_call, call, difference, evaluating, fresh, plain
@@ -619,6 +620,24 @@ def test_numbers_follow_what_values_choose():
     told = [n for n in result.report.notes if "matched on weights" in n]
     assert "second.weight" in told[0]
     assert "first.weight" not in told[0]
+
+
+class Reads(Chooses):
+    """A number that is read off values, and is no size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = round(8 * x.abs().max().item())
+        return self.head(scale * self.first(x).relu()).view(x.shape[0], -1)
+
+
+def test_the_batch_is_followed_where_values_cannot_be():
+    x = torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    module = Reads(0)
+    traced = trace(module, x)
+    assert VALUES_DECIDE in traced.notes
+    assert not any("batch size is fixed" in note for note in traced.notes)
+    more = torch.cat([x, x, x.flip(1)])
+    torch.testing.assert_close(traced.graph_module(more), module(more))
 
 
 class Loops(Chooses):
