@@ -25,10 +25,12 @@ from versions import GROUPED
 
 import fxmerge
 from fxmerge.atoms import entangled, independent
+from fxmerge.correspond import carried
 from fxmerge.interpret import Interpretation
 from fxmerge.label import Label
 from fxmerge.matchers import WeightMatching
 from fxmerge.running import Doubled
+from fxmerge.trace import trace
 
 KNOWN = [name for name, case in NETWORKS.items() if not case.unknown]
 # It finds no gradient where drawn values are equal, and no axis in a single number.
@@ -114,6 +116,35 @@ def found_again(model: nn.Module, inputs: tuple[Tensor, ...], classes: fxmerge.A
 @pytest.mark.parametrize("name", [name for name, case in NETWORKS.items() if case.order > 1])
 def test_weight_matching_finds_the_way_back(name: str) -> None:
     assert found_again(*infer(name)) <= 1e-9
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_one_graph_have_the_same_classes(name: str) -> None:
+    model, inputs, classes = infer(name)
+    other = randomise(copy.deepcopy(model), 7)  # parameters and statistics; constants stay
+    found = carried(classes, trace(other, inputs))
+    if found is not None:  # values may have decided other things, also for the user
+        assert str(found) == str(fxmerge.infer_classes(other, inputs))
+        assert found.traced.source is other
+
+
+def test_constants_that_differ_and_weights_that_are_tied_are_asked_anew() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, *scale: float, tied: bool = False) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.register_buffer("scale", torch.tensor(scale))
+            if tied:
+                self.c.weight = self.b.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(self.a(x).relu() * self.scale).relu())
+
+    x = torch.rand(2, 3)
+    classes = fxmerge.infer_classes(Scaled(1, 2, 2, 3), x)
+    assert carried(classes, trace(Scaled(1, 2, 2, 3), x)) is not None
+    assert carried(classes, trace(Scaled(1, 1, 2, 3), x)) is None
+    assert carried(classes, trace(Scaled(1, 2, 2, 3, tied=True), x)) is None
 
 
 def test_axes_that_meet_only_each_other_are_matched() -> None:

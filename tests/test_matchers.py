@@ -571,3 +571,20 @@ def test_a_score_brought_up_to_date_is_the_score_computed_anew(name):
         moves = random_element(classes, step)
         for f in range(len(descent.families)):
             descent.place(f, {k: moves[k] for k in descent.families[f]})
+
+
+def test_a_start_goes_on_where_most_is_known_and_leaves_no_class_to_be_matched_again():
+    layers = [n for w in (9, 8, 7, 6) for n in (nn.Linear(w, w - 1), nn.ReLU())][:-1]
+    a, b = (randomise(nn.Sequential(*layers).double(), seed) for seed in (0, 1))
+    classes = fxmerge.infer_classes(a, torch.rand(2, 9).double())
+    descent = Descent(classes, parameters(detached(a), classes), parameters(detached(b), classes), seed=0)
+    pinned = {k for k, c in enumerate(classes) if not c.free}
+    middle = next(k for k, c in enumerate(classes) if c.size == 7)
+    assert descent.scores((middle,), pinned, eager=0) == ({}, [])  # its bias alone
+    assert descent.scores((middle,), pinned)[0].keys() == {middle}
+    order = []
+    placed = descent.place
+    descent.place = lambda f, step: (order.append(classes[descent.families[f][0]].size), placed(f, step))
+    descent.grow(reverse=True)
+    assert order == [6, 7, 8]  # from the outputs inwards
+    assert len(descent.stale) == len(descent.families) - 1  # but for the last, which saw both of its neighbours
