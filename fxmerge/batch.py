@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -27,11 +27,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Recording:
-    """A graph, the shapes of its nodes that gave one tensor, by name, and an input whose axis 0 may be the batch."""
+    """A graph, the shapes of its nodes that gave one tensor, by name, and an input whose axis 0 may be the batch.
+
+    Without inputs there is nothing to follow, and only one recording.
+    """
 
     graph: fx.Graph
     shapes: Mapping[str, tuple[int, ...]]
-    source: Input
+    source: Input | None
 
 
 def samples(inputs: Any) -> int | None:
@@ -73,6 +76,8 @@ def follow(first: Recording, others: Sequence[Recording]) -> str | None:
     Returns:
         Why it cannot be done, or None where it was; then the graph is unchanged, or half of it is.
     """
+    if not others:
+        return None
     for other in others:
         if len(first.graph.nodes) != len(other.graph.nodes):
             return f"there are {len(other.graph.nodes)} operations on another batch instead of {len(first.graph.nodes)}"
@@ -103,8 +108,9 @@ class _Sizes:
     """
 
     def __init__(self, first: Recording, others: Sequence[Recording]) -> None:
-        self.graph, self.source, self.shapes = first.graph, first.source, [r.shapes for r in (first, *others)]
-        self.more = [other.source.shape[0] - first.source.shape[0] for other in others]
+        self.graph, self.shapes = first.graph, [r.shapes for r in (first, *others)]
+        self.source, *there = (cast(Input, r.source) for r in (first, *others))
+        self.more = [source.shape[0] - self.source.shape[0] for source in there]
         self.twins: dict[fx.Node, list[fx.Node]] = {}
         self.made: dict[tuple[int, int], fx.Node] = {}
         self.read: dict[tuple[int, ...], fx.Node] = {}

@@ -88,7 +88,7 @@ def class_by_class(
     def alone(family: tuple[int, ...]) -> dict[int, Coupling]:
         return _of_present(problem, family, heard, solve, widths, worth)
 
-    solved = spread(alone, open_, partial(_cost, first), problem.threads)
+    solved = spread(alone, open_, partial(_cost, first), problem.threads, problem.device)
     ready = dict(zip(open_, solved, strict=True))
     with tqdm(total=rounds * len(groups), desc=method, disable=not problem.progress, leave=False) as bar:
         for number in range(rounds):

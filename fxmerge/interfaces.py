@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fxmerge.ir import Alignment, AxisClasses, Tap
 from fxmerge.moments import Statistics
+from fxmerge.running import device_of
 from fxmerge.units import Stage
 
 
@@ -48,6 +49,10 @@ class Problem:
     absent: tuple[frozenset[int], ...] = ()
     widths: Mapping[int, int] = field(default_factory=dict)
     room: float = math.inf
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.classes[0].traced.graph_module)
 
     @property
     def threads(self) -> int:

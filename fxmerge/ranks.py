@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -65,8 +66,12 @@ def spread(
     items: Sequence[T],
     cost: Callable[[T], float] = lambda item: 1.0,
     threads: int = 1,
+    device: torch.device | None = None,
 ) -> list[R]:
-    """``[function(i) for i in items]``, each process doing its share, in threads; an error of one is raised by all."""
+    """``[function(i) for i in items]``, each process doing its share, in threads; an error of one is raised by all.
+
+    ``device``: where the threads work, which they are told before they start.
+    """
     rank, world = place()
     order = sorted(range(len(items)), key=lambda i: -cost(items[i]))  # the longest first, dealt out in turn
     mine = order[rank::world]
@@ -77,7 +82,7 @@ def spread(
         if min(threads, len(given)) <= 1:
             done = [function(i) for i in given]
         else:
-            with ThreadPoolExecutor(threads, initializer=_at_work) as pool:
+            with ThreadPoolExecutor(threads, initializer=partial(_work_on, device)) as pool:
                 done = list(pool.map(function, given))
     except Exception as error:
         if world == 1:
@@ -94,10 +99,9 @@ def spread(
     return [found[i] for i in range(len(items))]
 
 
-def _at_work() -> None:
-    """A thread of its own works on the device that the process works on."""
-    if torch.cuda.is_initialized():
-        torch.cuda.set_device(torch.cuda.current_device())
+def _work_on(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _together(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> list[Tensor]:

@@ -157,7 +157,7 @@ def _on_other_values(
     recorder: Recorder, run: Run, arguments: Arguments, trained: Mapping[tuple[str, str, int], Any]
 ) -> Recorder | None:
     """A recording of the same operations on other values, where these say how many there are of something."""
-    if not recorder.selects:
+    if not (recorder.selects and recorder.inputs):
         return None
     try:
         other = run(shuffled(arguments))

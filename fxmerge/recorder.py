@@ -152,7 +152,7 @@ class Recorder(TorchFunctionMode):
 
     @property
     def recording(self) -> Recording:
-        return Recording(self.graph, self.shapes, self.inputs[0])
+        return Recording(self.graph, self.shapes, self.inputs[0] if self.inputs else None)
 
     def unread(self) -> int:
         """How many parameters of the module the graph does not use."""

@@ -622,6 +622,16 @@ def test_numbers_follow_what_values_choose():
     assert "first.weight" not in told[0]
 
 
+def test_networks_without_inputs_are_recorded():
+    class Makes(Chooses):
+        def forward(self, count: int = 4) -> Tensor:
+            x = torch.eye(6, dtype=torch.float64)[:count]
+            return self.head(self.first(x[x.sum(1) > 0]).relu())
+
+    result = fxmerge.merge(Makes(0), Makes(0), example_inputs={}, progress=False)
+    torch.testing.assert_close(result.module(), Makes(0)())
+
+
 class Reads(Chooses):
     """A number that is read off values, and is no size."""
 

@@ -98,7 +98,7 @@ class LeastSquares(AbstractRepair):
                     sums = Sums()
                     for batch in range(len(inputs)):
                         x = fused.until(batch, node)[node.args[0]]
-                        if (found := source.of(step, batch, len(x))) is not None:
+                        if (found := source.of(step, batch, tuple(x.shape[:1]))) is not None:
                             places, target = found
                             sums.add(patches(layer, x, places), target.unflatten(1, (step.groups, -1)))
                     sums.join()
@@ -127,14 +127,15 @@ class _Targets:
         for p, runs in enumerate(parents):
             runs.heard = lambda batch, name, value, p=p: self._hear(p, batch, name, value)  # type: ignore[misc]
 
-    def of(self, step: _Step, batch: int, length: int) -> tuple[tuple[Tensor, ...], Tensor] | None:
+    def of(self, step: _Step, batch: int, length: tuple[int, ...]) -> tuple[tuple[Tensor, ...], Tensor] | None:
         """Places in the layer's output (an index per axis but the channels') and targets there [rows, n].
 
         None where the networks chose their own boxes or tokens, other than ``length`` of them: no two are the same.
         """
         for runs in self._parents:
             runs.past(batch, step.last)
-        if {s[0] for s in self._shapes[step.node, batch]} != {length} or len(self._shapes[step.node, batch]) > 1:
+        shapes = self._shapes.pop((step.node, batch))
+        if len(shapes) > 1 or {s[:1] for s in shapes} != {length}:
             return None
         target = self._sums.pop((step.out, batch))
         if step.relu:
