@@ -56,8 +56,9 @@ class WeightMatching(AbstractMatcher):
                     for p in (0, b)
                 )
                 start = partial(self._start, problem, target, state)
-                at = {"threads": problem.threads, "device": problem.device}
-                for value, permutation in spread(start, range(self.restarts), **at):
+                for value, permutation in spread(
+                    start, range(self.restarts), threads=problem.threads, device=problem.device
+                ):
                     if value > objective * (1 + 1e-9) or best is None:
                         best, objective = permutation, value
                     bar.update()
