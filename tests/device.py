@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxmerge.interfaces import Problem
 
 try:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -137,5 +140,5 @@ def pretending() -> Iterator[None]:
     if not hasattr(torch, DEVICE.type):
         _setup_privateuseone_for_python_backend()
     waits.clear()
-    with _Literals(), _Dispatch():
+    with _Literals(), _Dispatch(), patch.object(Problem, "threads", 1):  # modes hold for one thread
         yield
