@@ -106,7 +106,7 @@ class Boxes(nn.Module):
         self.grid = torch.randn(3, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        grid = torch.cat((self.grid, torch.ones(3, 2, dtype=torch.float64)), 1)
+        grid = torch.cat((self.grid, torch.ones(3, x.shape[1] - 3, dtype=torch.float64)), 1)
         return self.b(self.a(x).relu()) @ (grid.to(x.device) if self.moves else grid)
 
 
