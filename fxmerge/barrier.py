@@ -258,8 +258,8 @@ def _evaluate(
 
 def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """Told of labels that no output stands for, which on CUDA would end all work of the process."""
-    known = target[target != -100]  # what the loss leaves out
-    if output.ndim > 1 and not target.is_floating_point() and known.numel():
+    labels = output.ndim > 1 and not target.is_floating_point()
+    if labels and (known := target[target != -100]).numel():  # the loss leaves out the others
         low, high = known.min(), known.max()
         if low < 0 or high >= output.shape[1]:
             raise IndexError(f"labels from {low} to {high} for {output.shape[1]} outputs")
