@@ -18,6 +18,7 @@ from fxmerge.interfaces import AbstractMatcher, Problem
 from fxmerge.ir import Alignment, AxisClass, AxisClasses, Coupling
 from fxmerge.linalg import assignment, correlation
 from fxmerge.matchers import ActivationMatching, Average, WeightMatching
+from fxmerge.matchers.cca import _turn
 from fxmerge.matching import Joint, families, match_family
 from fxmerge.symmetry import apply, full_state, random_element, relative_error
 
@@ -588,3 +589,10 @@ def test_a_start_goes_on_where_most_is_known_and_leaves_no_class_to_be_matched_a
     descent.grow(reverse=True)
     assert order == [6, 7, 8]  # from the outputs inwards
     assert len(descent.stale) == len(descent.families) - 1  # but for the last, which saw both of its neighbours
+
+
+def test_rounding_does_not_turn_neurons_that_nothing_shows():
+    cross = torch.zeros(4, 4, dtype=torch.float64)
+    cross[:2, 2:] = torch.tensor([[1.0, 0.2], [0.1, 0.5]])  # all maps of the others are as far from the identity
+    noise = 1e-12 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(_turn(cross + noise), _turn(cross), rtol=0, atol=1e-4)
