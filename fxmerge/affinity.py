@@ -6,17 +6,21 @@ already matched), everything that a method needs is in the inner products <x_i, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from fxmerge.coupling import Entry, Maps
+from fxmerge.heap import LARGE, give_back
 from fxmerge.ir import AxisClasses, Coupling
 from fxmerge.linalg import correlation
 from fxmerge.moments import Moments
+from fxmerge.products import Factor, Products, diagonal, kept, part, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +28,8 @@ class Affinity:
     """Inner products between the neurons of one class over all parents, [N, N] with N = n_a + n_b + ..
 
     Attributes:
-        raw: mean <x_i, x_j> over samples (or weights).
-        centred: the same after subtracting each neuron's mean: covariances.
+        raw: mean <x_i, x_j> over samples; of weights <x_i, x_j>, kept as factors.
+        centred: the same after subtracting each neuron's mean: covariances. Of weights as they are.
         alike: correlations, in [-1, 1]; None for those of ``centred``.
         widths: (n_a, n_b, ..).
         count: number of samples behind it; 0 for weights.
@@ -34,8 +38,8 @@ class Affinity:
             or whose two sides are not known.
     """
 
-    raw: Tensor
-    centred: Tensor
+    raw: Tensor | Products
+    centred: Tensor | Products
     alike: Tensor | None
     widths: tuple[int, ...]
     count: int
@@ -45,16 +49,18 @@ class Affinity:
     @cached_property
     def correlation(self) -> Tensor:
         """In [-1, 1]."""
-        size = self.centred.diagonal()
-        return correlation(self.centred, size, size) if self.alike is None else self.alike
+        if self.alike is not None:
+            return self.alike
+        centred = whole(self.centred)
+        return correlation(centred, centred.diagonal(), centred.diagonal())
 
-    @property
-    def score(self) -> Tensor:
+    @cached_property
+    def score(self) -> Tensor | Products:
         """What an assignment maximises: correlations of activations; of weights inner products, scaled to be like them.
 
         Weights may be a single number a neuron (a bias alone), of which a correlation sees only the sign.
         """
-        return self.correlation if self.count else self.raw / self.raw.diagonal().mean().clamp_min(1e-30)
+        return self.correlation if self.count else self.raw / diagonal(self.raw).mean().clamp_min(1e-30)
 
     @property
     def starts(self) -> list[int]:
@@ -63,8 +69,8 @@ class Affinity:
 
     def at(self, members: Sequence[Tensor]) -> Affinity:
         """Of some neurons only: per parent, which."""
-        i = torch.cat([m + s for m, s in zip(members, self.starts, strict=True)]).to(self.raw.device)
-        raw, centred = (x[i][:, i] for x in (self.raw, self.centred))
+        i = torch.cat([m + s for m, s in zip(members, self.starts, strict=True)])
+        raw, centred = (x.at(i, i) if isinstance(x, Products) else x[i][:, i] for x in (self.raw, self.centred))
         alike = None if self.alike is None else self.alike[i][:, i]
         sides = None if self.sides is None else (self.sides[0][i][:, i], self.sides[1][i][:, i])
         return Affinity(raw, centred, alike, tuple(len(m) for m in members), self.count, sides, self.rigid)
@@ -77,7 +83,7 @@ class Affinity:
             return (a + b.to(a)) / 2
 
         alike = (self.correlation + other.correlation.to(self.correlation)) / 2
-        centred, raw = mean(self.centred, other.centred), mean(self.raw, other.raw)
+        centred, raw = (mean(whole(x), whole(y)) for x, y in ((self.centred, other.centred), (self.raw, other.raw)))
         return replace(self, raw=raw, centred=centred, alike=alike, count=max(self.count, other.count))
 
     def of(self, parents: Sequence[int]) -> Affinity:
@@ -85,9 +91,22 @@ class Affinity:
         everything = [torch.arange(n if p in parents else 0) for p, n in enumerate(self.widths)]
         return replace(self.at(everything), widths=tuple(self.widths[p] for p in parents))
 
-    def between(self, matrix: Tensor, a: int, b: int) -> Tensor:
-        """The block of one of the matrices between parents a and b."""
+    def between(
+        self, matrix: Tensor | Products, a: int, b: int, rows: Tensor | None = None, columns: Tensor | None = None
+    ) -> Tensor:
+        """The block of one of the matrices between parents a and b, or between some neurons of theirs."""
+        found = self.kept_between(matrix, a, b)
+        return whole(found) if rows is None or columns is None else part(found, rows, columns)
+
+    def kept_between(self, matrix: Tensor | Products, a: int, b: int) -> Tensor | Products:
+        """The block, still as factors where the matrix is kept so."""
+        if isinstance(matrix, Products):
+            return matrix.at(*(torch.arange(self.widths[p]) + self.starts[p] for p in (a, b)))
         return matrix.split(self.widths)[a].split(self.widths, 1)[b]
+
+    def sizes(self, p: int) -> Tensor:
+        """[n_p]: squared norms of one parent's neurons."""
+        return diagonal(self.raw).split(self.widths)[p]
 
 
 def from_moments(taps: Sequence[Moments]) -> Affinity:
@@ -95,7 +114,7 @@ def from_moments(taps: Sequence[Moments]) -> Affinity:
     halves = [[m for m in taps if m.turned is side] for side in (False, True)]
     if all(halves):
         one, other = (_pooled(half).centred for half in halves)
-        return replace(_pooled(taps), sides=(one, other))
+        return replace(_pooled(taps), sides=(whole(one), whole(other)))
     return _pooled(taps)
 
 
@@ -130,35 +149,68 @@ def from_weights(
     """
     chosen = list(range(len(parents))) if who is None else list(who)
     maps = Maps(settled)
-    trained = {n for n, _ in parents[0].traced.source.named_parameters(remove_duplicate=False)}
+    trained = [dict(c.traced.source.named_parameters(remove_duplicate=False)) for c in parents]
+    widths = tuple(parents[p][k].size for p in chosen)
+    factors: list[Factor] = []
+    for name in sorted({s.parameter for s in parents[0][k].sites} & trained[0].keys() - silent):
+        rests = {_rest(trained[p][name].shape, touched[p][name], k, settled) for p in chosen}
+        if len(rests) == 1 and None not in rests:
+            factors.append(partial(_features, states, touched, name, k, chosen, maps, widths))
+    if not factors:
+        return None
+    if parents[0][k].parents:  # asked for cell by cell
+        factors = list(map(kept, factors))
+    products = Products(factors, (sum(widths), sum(widths)))
+    return Affinity(products, products, None, widths, 0)
+
+
+def _rest(shape: Sequence[int], entries: Sequence[Entry], k: int, settled: Mapping[int, Coupling]) -> int | None:
+    """How many numbers a tensor has of every neuron of class ``k``; None where its other axes are not settled."""
+    mine = [(s, i) for s, c, i in entries if c == k]
+    others = {(s, c) for s, c, _ in entries if all(s != t for t, _ in mine)}
+    if len(mine) != 1 or any(s.groups > 1 for s, _ in mine) or any(c not in settled for _, c in others):
+        return None
+    if any(s.groups > 1 and shape[1] > 1 for s, _ in others):  # which input is which is not known
+        return None
+    sizes = list(shape)
+    sizes[mine[0][0].axis] = mine[0][1].shape[1]
+    for axis in {s.axis for s, _ in others if s.groups == 1} - {mine[0][0].axis}:
+        sizes[axis] = sum(settled[c].size * i.shape[1] for s, c, i in entries if (s.axis, s.groups) == (axis, 1))
+    return math.prod(sizes)
+
+
+def _features(
+    states: Sequence[Mapping[str, Tensor]],
+    touched: Sequence[Mapping[str, Sequence[Entry]]],
+    name: str,
+    k: int,
+    chosen: Sequence[int],
+    maps: Maps,
+    widths: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """[N, rest], twice: what all parents have of class ``k`` in one tensor."""
     found: Tensor | None = None
-    for name in sorted({s.parameter for s in parents[0][k].sites}):
-        entries = [t[name] for t in touched]
-        mine = [s for s, c, _ in entries[0] if c == k]
-        others = {(s, c) for s, c, _ in entries[0] if s not in mine}
-        if (
-            name not in trained
-            or name in silent
-            or len(mine) != 1
-            or any(s.groups > 1 for s in mine)
-            or any(c not in settled for _, c in others)
-        ):
-            continue
-        if any(s.groups > 1 and states[0][name].shape[1] > 1 for s, _ in others):  # which input is which is not known
-            continue
-        features = []
-        for p in chosen:
-            value = states[p][name].double()
-            for site in sorted({s for s, _, _ in entries[p] if s.axis != mine[0].axis and s.groups == 1}):
-                here = [(c, i) for s, c, i in entries[p] if s == site]
-                parts = [maps(c, p, False)(_places(value, site.axis, i), site.axis) for c, i in here]
-                value = torch.cat([x.flatten(site.axis, site.axis + 1) for x in parts], site.axis)
-            index = next(i for s, c, i in entries[p] if c == k and s.axis == mine[0].axis)
-            features.append(_places(value, mine[0].axis, index).movedim(mine[0].axis, 0).reshape(len(index), -1))
-        if len({f.shape[1] for f in features}) == 1:
-            x = torch.cat(features)
-            found = x @ x.T if found is None else found.addmm_(x, x.T)
-    return None if found is None else Affinity(found, found, None, tuple(parents[p][k].size for p in chosen), 0)
+    for p, start in zip(chosen, accumulate(widths, initial=0), strict=False):
+        rows = _rows(states[p][name], touched[p][name], k, p, maps)
+        found = rows.new_empty(sum(widths), rows.shape[1]) if found is None else found
+        found[start : start + len(rows)] = rows
+        del rows
+        if found.nbytes >= LARGE:
+            give_back()
+    assert found is not None
+    return found, found
+
+
+def _rows(value: Tensor, entries: Sequence[Entry], k: int, p: int, maps: Maps) -> Tensor:
+    """[n, rest] of parent p; other axes in the fused network's coordinates."""
+    if value.dtype in (torch.float16, torch.bfloat16):
+        value = value.float()
+    site, index = next((s, i) for s, c, i in entries if c == k)
+    for other in sorted({s for s, _, _ in entries if s.axis != site.axis and s.groups == 1}):
+        here = [(c, i) for s, c, i in entries if s == other]
+        parts = [maps(c, p, False)(_places(value, other.axis, i), other.axis) for c, i in here]
+        value = torch.cat([x.flatten(other.axis, other.axis + 1) for x in parts], other.axis)
+    return _places(value, site.axis, index).movedim(site.axis, 0).reshape(len(index), -1)
 
 
 def _places(value: Tensor, axis: int, index: Tensor) -> Tensor:

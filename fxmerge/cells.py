@@ -201,7 +201,7 @@ def _family(
         return {k: solve(seen[k], shares[k], widths.get(k, first[k].size))}
     placed = [{k: torch.arange(first[k].size) for k in family}]
     for b in range(1, len(problem.classes)):
-        scores = {k: seen[k].between(seen[k].score, 0, b) for k in family if k in seen}
+        scores = {k: seen[k].kept_between(seen[k].score, 0, b) for k in family if k in seen}
         values = _values(first, [k for k in family if k in seen], seen, b, worth) if worth else {}
         placed.append(match_family(first, family, scores, values=values))
     out: dict[int, Coupling] = {}
@@ -268,7 +268,7 @@ def _quality(affinity: Affinity, coupling: Coupling) -> float:
     parts = [maps(0, p, True) for p in range(len(coupling.widths))]
 
     def inner(p: int, q: int) -> Tensor:
-        return row_by_row(parts[p], affinity.between(affinity.centred, p, q), parts[q])
+        return row_by_row(parts[p], affinity.kept_between(affinity.centred, p, q), parts[q])
 
     total, count = 0.0, 0
     for b in range(1, len(parts)):

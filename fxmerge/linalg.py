@@ -9,6 +9,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fxmerge.errors import InputError
+from fxmerge.heap import LARGE, give_back
+from fxmerge.products import Products, whole
 
 
 def assignment(score: Tensor) -> Tensor:
@@ -20,6 +22,8 @@ def assignment(score: Tensor) -> Tensor:
     Returns:
         int64 [n] on the CPU.
     """
+    if score.numel() >= LARGE:
+        give_back()
     cost = score.detach().cpu().to(torch.float64, copy=True).neg_()  # the solver itself would copy it twice
     return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
 
@@ -123,11 +127,12 @@ class Map:
         return out.mul_(self.scale.to(value).reshape([-1 if d == axis else 1 for d in range(value.dim())]))
 
 
-def row_by_row(x: Map, gram: Tensor, y: Map) -> Tensor:
+def row_by_row(x: Map, gram: Tensor | Products, y: Map) -> Tensor:
     """[n]: the inner products of the rows of ``x`` with those of ``y``, ``gram`` [m_x, m_y] being those of columns."""
     if x.source is None or y.source is None:
+        gram = whole(gram)
         return (x.matrix.to(gram) @ gram * y.matrix.to(gram)).sum(1)
-    found = gram[x.source.to(gram.device), y.source.to(gram.device)]
+    found = gram.pairs(x.source, y.source) if isinstance(gram, Products) else gram[x.source, y.source]
     for scale in (x.scale, y.scale):
         found = found if scale is None else found * scale.to(found)
     return found

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fxmerge.ir import AxisClasses
 from fxmerge.linalg import assignment
+from fxmerge.products import Products, part, whole
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -60,7 +61,7 @@ def families(classes: AxisClasses) -> list[tuple[int, ...]]:
 def match_family(
     classes: AxisClasses,
     family: Sequence[int],
-    score: Mapping[int, Tensor],
+    score: Mapping[int, Tensor | Products],
     joints: Sequence[Joint] = (),
     values: Mapping[int, Tensor] | None = None,
 ) -> dict[int, Tensor]:
@@ -79,8 +80,8 @@ def match_family(
     """
     if len(family) == 1:
         (k,) = family
-        return {k: assignment(score[k]) if k in score else torch.arange(classes[k].size)}
-    scores = {k: v.detach().double().cpu() for k, v in score.items()}
+        return {k: assignment(whole(score[k])) if k in score else torch.arange(classes[k].size)}
+    scores = {k: v if isinstance(v, Products) else v.detach().double().cpu() for k, v in score.items()}
     return _Solver(classes, family, scores, joints, values or {}).solve()
 
 
@@ -94,7 +95,7 @@ class _Solver:
         self,
         classes: AxisClasses,
         family: Sequence[int],
-        scores: Mapping[int, Tensor],
+        scores: Mapping[int, Tensor | Products],
         joints: Sequence[Joint],
         values: Mapping[int, Tensor],
     ) -> None:
@@ -102,7 +103,7 @@ class _Solver:
         self.joints = joints
         self.sweeps = 2 if any(len(classes[k].parents) > 1 for k in family) else 1
         self.known: dict[int, Tensor] = {}
-        self._cache: dict[int, tuple[list[Tensor | None], Tensor]] = {}
+        self._cache: dict[int, tuple[list[Tensor | None], Tensor | Products]] = {}
         self.below = {k: self._descendants(k) for k in family}
         self.members: dict[tuple[int, int], list[Tensor]] = {}
         for k in family:
@@ -130,7 +131,11 @@ class _Solver:
         return best
 
     def _value(self, found: Mapping[int, Tensor]) -> float:
-        total = sum(float(s[torch.arange(len(s)), found[k]].sum()) for k, s in self.scores.items() if k in found)
+        total = 0.0
+        for k, s in self.scores.items():
+            if k in found:
+                at = torch.arange(len(s)), found[k]
+                total += float((s.pairs(*at) if isinstance(s, Products) else s[at]).sum())
         for joint in self.joints:
             groups = self.classes[joint.outer].parents[0]
             for i in range(len(joint.left)):
@@ -196,11 +201,11 @@ class _Solver:
             return float(self.values[k][self.classes[k].blocks[left[0], 0], self.classes[k].blocks[right[0], 0]])
         return float(total[torch.arange(len(left)), p].sum())
 
-    def _own(self, k: int) -> Tensor:
+    def _own(self, k: int) -> Tensor | Products:
         n = self.classes[k].size
         return self.scores[k] if k in self.scores else torch.zeros(n, n, dtype=torch.float64)
 
-    def _worth(self, k: int) -> Tensor | None:
+    def _worth(self, k: int) -> Tensor | Products | None:
         """[n, n]: the score of class k and, for every pair, of the best matching of all that hangs below; in one go.
 
         None where that is to be seen pair by pair: joints, two blocks below k that share members, or members of other
@@ -217,11 +222,20 @@ class _Solver:
             return None
         if k in self._cache and all(x is y for x, y in zip(self._cache[k][0], given, strict=True)):
             return self._cache[k][1]
-        total = self._own(k).clone()
+        if not self.below[k]:
+            return self._own(k)
+        total = whole(self._own(k)).cpu().clone()
         for c in self.family:
             if k not in self.classes[c].parents:
                 continue
-            order = torch.cat(self.members[c, k])
+            order, own = torch.cat(self.members[c, k]), self._own(c)
+            one_size = len({len(m) for m in self.members[c, k]}) == 1
+            plain = c not in self.values and one_size and not self.below[c] and len(self.classes[c].parents) == 1
+            if isinstance(own, Products) and plain:
+                for i, members in enumerate(self.members[c, k]):  # all at once they may be larger than the networks
+                    inner = own.block(members, order).cpu().unflatten(1, (len(total), -1))
+                    total[i] += _best(inner.transpose(0, 1))
+                continue
             allowed = self._allowed(c, order, order, k)
             if allowed is None:  # a product whose other side is not settled yet
                 continue
@@ -230,15 +244,15 @@ class _Solver:
                 total += self.values[c][first][:, first]
                 continue
             below = self._worth(c)
-            if below is None or len({len(m) for m in self.members[c, k]}) > 1:
+            if below is None or not one_size:
                 return None
             inner = self._score(below, order, order, allowed).unflatten(0, (len(total), -1))
             total += _best(inner.unflatten(2, (len(total), -1)).transpose(1, 2))
         self._cache[k] = given, total
         return total
 
-    def _score(self, own: Tensor, left: Tensor, right: Tensor, allowed: Tensor) -> Tensor:
-        own = own[left][:, right]
+    def _score(self, matrix: Tensor | Products, left: Tensor, right: Tensor, allowed: Tensor) -> Tensor:
+        own = part(matrix, left, right).cpu()
         return own if bool(allowed.all()) else own.masked_fill(~allowed, -1e12 * max(1.0, float(own.abs().max())))
 
     def _allowed(self, c: int, a: Tensor, b: Tensor, parent: int | None) -> Tensor | None:

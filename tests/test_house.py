@@ -23,7 +23,7 @@ FILES = {
 # A module imports only from those above it; an entry that is a package stands for all its files, inside which the
 # order is: every file, then ``__init__``. A new module gets its place here.
 ORDER = """
-    errors clock atoms markup ir linalg heap shards stored running size ranks moments
+    errors clock atoms markup ir heap products linalg shards stored running size ranks moments
     symbolic batch recorder record guess trace vocabulary document fingerprint folder alignment listing
     card export exchange barrier
     label calls slots meeting labels rules interpret sides places colours classes

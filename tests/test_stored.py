@@ -355,7 +355,7 @@ import resource, sys
 from pathlib import Path
 import torch
 import fxmerge
-from fxmerge.matchers import WeightMatching
+from fxmerge.matchers import OTFusion, WeightMatching
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -364,7 +364,7 @@ def merge(folder, *size):
     with torch.device("meta"):
         net = network(*size)
     parents = [fxmerge.on_disk(net, folder / f"{k}.safetensors") for k in range(2)]
-    options = {"example_inputs": torch.ones(2, 8, 2, 2), "matcher": WeightMatching(restarts=1, sweeps=1)}
+    options = {"example_inputs": torch.ones(2, 8, 2, 2), "matcher": eval(sys.argv[2])}
     fxmerge.merge(*parents, progress=False, **options).save(folder / "merged")
 
 merge(Path(sys.argv[1]) / "small", 16, 2)  # so that modules and tables that every merge needs are there
@@ -376,7 +376,8 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
-def test_a_process_that_merges_takes_less_than_one_parent(tmp_path) -> None:
+@pytest.mark.parametrize("matcher", ["WeightMatching(restarts=1, sweeps=1)", "OTFusion(cost='weights', sweeps=1)"])
+def test_a_process_that_merges_takes_less_than_one_parent(tmp_path, matcher) -> None:
     """All that the system counts, pages of the files included, above what a small merge takes."""
     known: dict[str, Any] = {}
     exec(NETWORK, known)
@@ -385,6 +386,6 @@ def test_a_process_that_merges_takes_less_than_one_parent(tmp_path) -> None:
         for k in range(2):
             torch.manual_seed(k)
             save_file(known["network"](*size).state_dict(), tmp_path / name / f"{k}.safetensors")
-    run = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), matcher], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) < (tmp_path / "large" / "0.safetensors").stat().st_size

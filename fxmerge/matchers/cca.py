@@ -61,7 +61,7 @@ class CCAMerge(AbstractMatcher):
     def _solve(self, affinity: Affinity, shares: Sequence[float], n: int) -> Coupling:
         everyone = [torch.arange(w) for w in affinity.widths]
         frames = [self._frame(affinity, p, at) for p, at in enumerate(everyone)]
-        eye = torch.eye(n).to(affinity.centred)
+        eye = torch.eye(n).to(frames[0].forth)
         merge, unmerge = [shares[0] * eye], [eye]
         for b in range(1, len(frames)):
             turn = _turn(_cross(affinity, frames[0], b, frames[b]))
@@ -78,8 +78,7 @@ class CCAMerge(AbstractMatcher):
 
     def _frame(self, affinity: Affinity, p: int, at: Tensor) -> _Frame:
         """The coordinates in which the neurons ``at`` of parent p are compared."""
-        at = at.to(affinity.centred.device)
-        spread = [affinity.between(m, p, p)[at][:, at] for m in affinity.sides or (affinity.centred,)]
+        spread = [affinity.between(m, p, p, at, at) for m in affinity.sides or (affinity.centred,)]
         eye = torch.eye(len(at)).to(spread[0])
         if affinity.rigid or self.gamma == float("inf"):
             forth = back = eye
@@ -112,7 +111,7 @@ def _cross(affinity: Affinity, a: _Frame, b: int, other: _Frame) -> Tensor:
     """[n, n]: covariances between neurons of the first parent and of parent b, in their frames, over all sides."""
     total = torch.zeros(()).to(a.forth)
     for matrix, x, y in zip(affinity.sides or (affinity.centred,), a.views, other.views, strict=True):
-        total = total + x @ affinity.between(matrix, 0, b)[a.at][:, other.at] @ y.T
+        total = total + x @ affinity.between(matrix, 0, b, a.at, other.at) @ y.T
     return total
 
 

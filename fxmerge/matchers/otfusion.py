@@ -14,6 +14,7 @@ from fxmerge.errors import InputError, one_of
 from fxmerge.interfaces import PLACES, AbstractMatcher, Problem
 from fxmerge.ir import Alignment, Coupling
 from fxmerge.linalg import assignment, transport
+from fxmerge.products import whole
 from fxmerge.widths import resizable
 
 _SCALES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -89,18 +90,18 @@ class OTFusion(AbstractMatcher):
         )[0]
 
     def _solve(self, affinity: Affinity, shares: Sequence[float], n: int) -> Coupling:
-        widths, gram = affinity.widths, affinity.raw
-        own = [affinity.between(gram, p, p) for p in range(len(widths))]
+        widths = affinity.widths
+        sizes = [affinity.sizes(p) for p in range(len(widths))]
         fixed = self.barycenter == 0 and n == widths[0]
         if (
             fixed and self.reg == 0 and self._one_to_one(widths)
         ):  # without the matrices, larger than the weights that they are for
-            sizes = [g.diagonal() for g in own]
-            costs = (self._cost(sizes[0], sizes[p], affinity.between(gram, 0, p)) for p in range(1, len(widths)))
+            costs = (self._cost(sizes[0], s, affinity.between(affinity.raw, 0, p)) for p, s in enumerate(sizes) if p)
             return Permuted([torch.arange(n), *(assignment(cost.neg_()) for cost in costs)], shares)
+        gram = whole(affinity.raw)
         support = torch.zeros(n, sum(widths), dtype=gram.dtype, device=gram.device)  # fused neurons as sums of parents'
         strongest = torch.cat(
-            [g.diagonal().argsort(descending=True) + s for g, s in zip(own, affinity.starts, strict=True)]
+            [size.argsort(descending=True) + s for size, s in zip(sizes, affinity.starts, strict=True)]
         )
         here = torch.arange(n, device=gram.device)
         chosen = here if n == widths[0] else strongest[here % len(strongest)].sort().values
@@ -113,7 +114,7 @@ class OTFusion(AbstractMatcher):
                     plans.append(torch.eye(n, dtype=gram.dtype, device=gram.device) / n)
                     continue
                 inner = support @ gram[:, start : start + widths[p]]
-                plans.append(self._plan(size, own[p].diagonal(), inner))
+                plans.append(self._plan(size, sizes[p], inner))
             rows = [t / t.sum(1, keepdim=True) for t in plans]
             merge = torch.cat([w * r for w, r in zip(shares, rows, strict=True)], 1)
             if fixed or torch.equal(merge, support):
@@ -124,7 +125,7 @@ class OTFusion(AbstractMatcher):
 
     def _worth(self, affinity: Affinity, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """The least cost of transport between cells, relative to the mean cost in the class; exact whatever ``reg``."""
-        a, b = (affinity.between(affinity.raw, p, p).diagonal() for p in range(2))
+        a, b = (affinity.sizes(p) for p in range(2))
         cost = self._cost(a, b, affinity.between(affinity.raw, 0, 1))
         found = torch.zeros(len(left), len(right), dtype=torch.float64)
         for i, x in enumerate(left):
