@@ -15,12 +15,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fxmerge.coupling import Entry, Maps
+from fxmerge.coupling import Entry, Maps, unstacked
 from fxmerge.heap import LARGE, give_back
 from fxmerge.ir import AxisClasses, Coupling
 from fxmerge.linalg import correlation
 from fxmerge.moments import Moments
 from fxmerge.products import Factor, Products, diagonal, kept, part, whole
+from fxmerge.symmetry import in_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +167,14 @@ def from_weights(
 
 def _rest(shape: Sequence[int], entries: Sequence[Entry], k: int, settled: Mapping[int, Coupling]) -> int | None:
     """How many numbers a tensor has of every neuron of class ``k``; None where its other axes are not settled."""
+    stacks = {s for s, _, _ in entries if s.is_stack(shape)}
+    if stacks:
+        (stack,) = stacks if len(stacks) == 1 else (None,)
+        if stack is None or all(c != k for _, c, _ in unstacked(entries, stack, len(shape))):
+            return None  # rows are told by what is in them
+        sizes = [shape[stack.along] * shape[stack.axis]]
+        sizes += [n for d, n in enumerate(shape) if d not in (stack.along, stack.axis)]
+        return _rest(sizes, unstacked(entries, stack, len(shape)), k, settled)
     mine = [(s, i) for s, c, i in entries if c == k]
     others = {(s, c) for s, c, _ in entries if all(s != t for t, _ in mine)}
     if len(mine) != 1 or any(s.groups > 1 for s, _ in mine) or any(c not in settled for _, c in others):
@@ -205,6 +214,9 @@ def _rows(value: Tensor, entries: Sequence[Entry], k: int, p: int, maps: Maps) -
     """[n, rest] of parent p; other axes in the fused network's coordinates."""
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
+    stack = next((s for s, _, _ in entries if s.is_stack(value.shape)), None)
+    if stack is not None:
+        entries, value = unstacked(entries, stack, value.dim()), in_rows(value, stack).flatten(0, 1)
     site, index = next((s, i) for s, c, i in entries if c == k)
     for other in sorted({s for s, _, _ in entries if s.axis != site.axis and s.groups == 1}):
         here = [(c, i) for s, c, i in entries if s == other]

@@ -23,6 +23,7 @@ from fxmerge.interpret import Interpretation, interpret
 from fxmerge.ir import AxisClass, AxisClasses, Traced
 from fxmerge.places import find_sites, find_taps
 from fxmerge.sides import facing, sides
+from fxmerge.stacks import split_stacks
 from fxmerge.trace import trace
 
 
@@ -46,7 +47,7 @@ def infer_classes(module: nn.Module | Traced, example_inputs: Any = None, *, str
             f"no rule for operation '{op}' at node '{node}'. Register one with @fxmerge.rule('{op}'), "
             "or leave out strict=True to pin what it touches."
         )
-    return _close(interpretation)
+    return split_stacks(_close(interpretation))
 
 
 _DEEPEST = 4  # how often blocks of different natures may ask for new ones

@@ -16,6 +16,7 @@ from torch import Tensor
 from fxmerge.ir import Alignment, AxisClasses, Coupling, Site
 from fxmerge.linalg import Map
 from fxmerge.stored import Made
+from fxmerge.symmetry import in_rows, rows_first
 
 
 def from_permutations(
@@ -143,6 +144,17 @@ def fuse(
 
 
 Entry = tuple[Site, int, Tensor]
+"""Where a class is in a tensor: the site, the number of the class, and its neurons' places."""
+
+
+def unstacked(entries: Sequence[Entry], stack: Site, dims: int) -> list[Entry]:
+    """The entries of a tensor of which ``in_rows(value, stack)`` is made flat: [rows * inside, ..].
+
+    The rows themselves are left out, as neurons in them say where they are.
+    """
+    rest = [d for d in range(dims) if d not in (stack.along, stack.axis)]
+    axis = {stack: 0} | {s: 1 + rest.index(s.axis) for s, _, _ in entries if s.axis in rest and s.groups == 1}
+    return [(Site(s.parameter, axis[s]), k, index) for s, k, index in entries if s in axis]
 
 
 def _mean(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
@@ -197,7 +209,7 @@ def _carry(
     """One parent's share of a fused tensor: each axis goes through its classes' couplings."""
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
-    sites = sorted({site for site, _, _ in own})  # axis 0 before the groups that follow it
+    sites = sorted({site for site, _, _ in own}, key=rows_first)
     carrier = _carrier(own, classes)
     if carrier is None:
         value = weight * value
@@ -266,22 +278,33 @@ def _in_order(index: Tensor, width: int | None) -> bool:
 
 
 def _through_groups(value: Tensor, site: Site, goal: Site, pieces: Sequence[tuple[Tensor, Tensor, Map]]) -> Tensor:
-    """The input axis of a grouped convolution, after axis 0 went through its own couplings.
+    """An axis with other neurons in every group of rows, after the rows went through their own couplings.
 
     Rows are already in the fused network's groups. Row group g reads the parent group that its rows came from, so the
-    matrix [g * i, g' * i'] is needed on the blocks (g, g') that axis 0 joined: those with the largest entries.
+    matrix [g * i, g' * i'] is needed on the blocks (g, g') that the rows joined: those with the largest entries.
     """
-    inside = value.shape[1]
+    inside = value.shape[site.axis]
     if inside == 1:  # depthwise: each row reads the neuron that it makes, however that is mixed
         return value
+    value = in_rows(value, site)
+    rows = value.reshape(goal.groups, -1, *value.shape[1:])  # [g, o, i', ..]
     width = sum(places.numel() for _, places, _ in pieces)
-    matrix = value.new_zeros(width, inside * site.groups)
-    for index, places, piece in pieces:
-        for a in range(index.shape[1]):
-            rows, columns = places[:, a][:, None], index[:, a][None, :]
-            matrix[rows.to(value.device), columns.to(value.device)] = piece.matrix.to(value)
-    blocks = matrix.reshape(goal.groups, width // goal.groups, site.groups, inside)
-    source = blocks.abs().amax((1, 3)).argmax(1)
-    chosen = blocks[torch.arange(goal.groups, device=value.device), :, source]  # [g, i, i']
-    rows = value.reshape(goal.groups, -1, *value.shape[1:])
-    return torch.einsum("gij,goj...->goi...", chosen, rows).flatten(0, 1)
+    if all(piece.source is not None for _, _, piece in pieces):
+        source, scale = torch.empty(width, dtype=torch.int64), torch.ones(width, dtype=torch.float64)
+        for index, places, piece in pieces:
+            source[places] = index[piece.source]
+            scale[places] = 1.0 if piece.scale is None else piece.scale.cpu()[:, None].expand_as(index)
+        lay = (goal.groups, 1, -1, *[1] * (rows.dim() - 3))
+        chosen = (source % inside).reshape(lay).to(value.device)
+        made = rows.take_along_dim(chosen, 2) * scale.reshape(lay).to(value)
+    else:
+        matrix = value.new_zeros(width, inside * site.groups)
+        for index, places, piece in pieces:
+            for a in range(index.shape[1]):
+                at = places[:, a][:, None].to(value.device), index[:, a][None, :].to(value.device)
+                matrix[at] = piece.matrix.to(value)
+        blocks = matrix.reshape(goal.groups, width // goal.groups, site.groups, inside)
+        largest = blocks.abs().amax((1, 3)).argmax(1)
+        chosen = blocks[torch.arange(goal.groups, device=value.device), :, largest]  # [g, i, i']
+        made = torch.einsum("gij,goj...->goi...", chosen, rows)
+    return made.flatten(0, 1).movedim((0, 1), (site.along, site.axis))

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import product
+from functools import partial
+from itertools import combinations, product
 
 import torch
 from torch import Tensor
 
+from fxmerge.coupling import Entry, unstacked
 from fxmerge.ir import AxisClasses, Site
 from fxmerge.matching import Joint, families, match_family
+from fxmerge.products import Factor, Products
 from fxmerge.stored import Made
-from fxmerge.symmetry import apply
-
-Entry = tuple[Site, int, Tensor]
-"""Where a class is in a tensor: the site, the number of the class, and its neurons' places."""
+from fxmerge.symmetry import apply, in_rows
 
 ANY, SUMS = 1, 2
 """How little a family is matched on: any settled neurons, sums over neurons that are not settled."""
@@ -159,7 +159,7 @@ class Descent:
                 self.stale.discard(f)
                 family = self.families[f]
                 if f in self.linear:
-                    scores: dict[int, Tensor] = {family[0]: self._updated(f, family[0])}
+                    scores = {family[0]: self._updated(f, family[0])}
                     new = match_family(self.classes, family, scores)
                 else:
                     new = match_family(self.classes, family, *self.scores(family, everything))
@@ -200,7 +200,7 @@ class Descent:
 
     def scores(
         self, family: Sequence[int], settled: set[int], eager: int = ANY
-    ) -> tuple[dict[int, Tensor], list[Joint]]:
+    ) -> tuple[dict[int, Tensor | Products], list[Joint]]:
         """Per class [n, n]: inner products of A's rows with B's, as B is arranged now; only over settled neurons.
 
         Nothing where these show no more than one number a neuron, unless ``eager`` is ``ANY``. With ``SUMS``, also of
@@ -208,30 +208,41 @@ class Descent:
         """
         several = eager > 0
         scores: dict[int, Tensor] = {}
+        factors: dict[int, list[Factor]] = {}
         joints: list[Joint] = []
+        mine = set(family)
         for name in sorted({n for n, es in self.entries.items() for _, k, _ in es if k in family}):
             entries = self.entries[name]
             a, b = self.target[name], self.now(name)
-            mine = set(family)
             pairs = self._grouped(entries, mine)
-            if pairs and a.shape[1] > 1:
-                if a.shape[0] > pairs[0][1][0].groups:
-                    joints += [joint for row, column in pairs for joint in self._joint(a, b, row, column)]
-                    continue
-                # one row a group: the row is the group, and its entries are what there is to compare
-                for k, index in {column[1]: column[2] for _, column in pairs}.items():
-                    x, y = (_rows(t.double().cpu().flatten(0, 1), 0, index) for t in (a, b))
-                    scores[k] = scores[k] + x @ y.T if k in scores else x @ y.T
-                several = True
+            if pairs and a.shape[1] > 1 and a.shape[0] > pairs[0][1][0].groups:
+                joints += [joint for row, column in pairs for joint in self._joint(a, b, row, column)]
                 continue
+            stacks = sorted({s for s, _, _ in entries if s.is_stack(a.shape)})
+            own = [s for s in stacks if any(s == t and k in mine for t, k, _ in entries)]
+            if len(own) > 1:
+                joints += self._stacked_joints(a, b, [e for e in entries if e[0] in own])
+                continue
+            stack = next(iter([*own, *stacks]), None)
+            if any(s in stacks and s != stack and k not in settled for s, k, _ in entries):
+                continue
+            if stack is not None:
+                entries = unstacked(entries, stack, a.dim())
+                a, b = (in_rows(t, stack).flatten(0, 1) for t in (a, b))
             for site, k, index in entries:
                 if k not in mine or site.groups > 1:
                     continue
-                part = self._score(a, b, entries, site, k, index, settled, mine, eager == SUMS)
-                if part is not None:
-                    several |= a.numel() > index.numel()
+                rows = self._rows(a, b, entries, site, index, settled, mine, eager == SUMS)
+                if rows is None:
+                    continue
+                several |= a.numel() > index.numel()
+                if own:  # of all rows at once they may be larger than the networks
+                    factors.setdefault(k, []).append(partial(_held, *rows))
+                else:
+                    part = rows[0] @ rows[1].T
                     scores[k] = scores[k] + part if k in scores else part
-        return (scores, joints) if several or joints else ({}, [])
+        products = {k: Products(found, (self.classes[k].size,) * 2) for k, found in factors.items()}
+        return ({**scores, **products}, joints) if several or joints else ({}, [])
 
     @staticmethod
     def _grouped(entries: Sequence[Entry], mine: set[int]) -> list[tuple[Entry, Entry]]:
@@ -262,18 +273,39 @@ class Descent:
                 found.append([t[at].flatten(3) for t in tensors])
         return [Joint(row[1], column[1], *(torch.cat(t, -1) for t in zip(*found, strict=True)))] if found else []
 
-    def _score(
-        self,
+    def _stacked_joints(self, a: Tensor, b: Tensor, entries: Sequence[Entry]) -> list[Joint]:
+        """What a tensor says of neurons on two of its axes, both with neurons of their own in every row."""
+        found = []
+        for (one, outer, left), (other, inner, right) in combinations(entries, 2):
+            if one == other or self.classes[outer].parents != self.classes[inner].parents:
+                continue
+            order = [one.along, one.axis, other.axis]
+            tensors = [t.double().cpu().movedim(order, (0, 1, 2)) for t in (a, b)]
+            places = [
+                i[torch.argsort(self.classes[k].blocks[:, 0], stable=True)].unflatten(0, (one.groups, -1))
+                for k, i in ((outer, left), (inner, right))
+            ]  # [rows, members of a row, places of each]
+            at = [p % n for p, n in zip(places, tensors[0].shape[1:3], strict=True)]
+            row = torch.arange(one.groups)[:, None, None]
+            parts = [
+                [t[row, at[0][:, :, None, x], at[1][:, None, :, y]].unsqueeze(-1).flatten(3) for t in tensors]
+                for x, y in product(range(left.shape[1]), range(right.shape[1]))
+            ]
+            found.append(Joint(outer, inner, *(torch.cat(t, -1) for t in zip(*parts, strict=True))))
+        return found
+
+    @staticmethod
+    def _rows(
         a: Tensor,
         b: Tensor,
         entries: Sequence[Entry],
         site: Site,
-        k: int,
         index: Tensor,
         settled: set[int],
         mine: set[int],
         sums: bool,
-    ) -> Tensor | None:
+    ) -> tuple[Tensor, Tensor] | None:
+        """What belongs to each neuron in A and in B, as far as the other axes are settled."""
         for other in dict.fromkeys(s for s, _, _ in entries if s != site and s.groups == 1):
             loose = [i for s, c, i in entries if s == other and c not in settled and c not in mine]
             if not loose and not any(c in mine and c not in settled for s, c, _ in entries if s == other):
@@ -290,7 +322,7 @@ class Descent:
                 return None
             else:
                 a = a * known
-        return _rows(a, site.axis, index) @ _rows(b, site.axis, index).T
+        return _rows(a, site.axis, index), _rows(b, site.axis, index)
 
     def _updated(self, f: int, k: int) -> Tensor:
         """The score of one class given all others, brought up to date from when it was last asked for.
@@ -332,6 +364,10 @@ class Descent:
             places.append((index[moved].reshape(-1), index[before[moved]].reshape(-1), index[now[moved]].reshape(-1)))
         here, old, new = (torch.cat(x) for x in zip(*places, strict=True))
         return here, old, new
+
+
+def _held(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return x, y
 
 
 def dot(x: Tensor, y: Tensor) -> float:

@@ -201,7 +201,10 @@ class Interpretation(Context):
         """Notes in which dimension of a node's output which neurons show."""
         if node.op == "get_attr":  # a parameter is labelled by its use
             return
-        if isinstance(value, Tensor) and (label := self.label_of(value)) is not None:
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return  # counts of what was chosen, masks: no activations
+        label = self.label_of(value)
+        if label is not None and not self.holds_rows(label):  # every network brings these into an order of its own
             for t in label.neurons:
                 axes = varying(t)
                 if len(axes) == 1:

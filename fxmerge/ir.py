@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,13 +41,19 @@ class Traced:
 class Site:
     """One axis of one parameter or buffer: where neurons live.
 
-    ``groups > 1`` marks the input axis of a grouped convolution: the stored axis holds ``inside`` entries
-    per group, and neuron ``g * inside + i`` is entry ``i`` of the rows that belong to group ``g`` of axis 0.
+    ``groups > 1`` marks an axis whose entries are other neurons in every group of rows, which are the indices of the
+    axis ``along``: the input axis of a grouped convolution, or the hidden neurons of experts in one tensor. The stored
+    axis holds ``inside`` entries, and neuron ``g * inside + i`` is entry ``i`` of the rows of group ``g``.
     """
 
     parameter: str
     axis: int
     groups: int = 1
+    along: int = 0
+
+    def is_stack(self, shape: Sequence[int]) -> bool:
+        """Whether every row has neurons of its own, more than one, in a tensor of this shape."""
+        return self.groups > 1 and self.groups == shape[self.along] and shape[self.axis] > 1
 
     def __str__(self) -> str:
         return f"{self.parameter}:{self.axis}" + (f" ({self.groups} groups)" if self.groups > 1 else "")

@@ -109,6 +109,13 @@ class Meeting:
             for t in along
         )
 
+    def holds_rows(self, label: Label) -> bool:
+        """Whether a value stands in rows that were sorted by names."""
+        if not self.sorted:
+            return False
+        rows = np.concatenate([self._roots(rows) for rows, _, _ in self.sorted])
+        return any(bool(np.isin(self._roots(t), rows).any()) for t in label.neurons)
+
     def settle_rows(self) -> None:
         """At the end: names stay where rows that were sorted by them are told apart. Rows are no neurons."""
         everything = np.arange(self.atoms.size)

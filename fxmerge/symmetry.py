@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxmerge.errors import VerifyError, told
-from fxmerge.ir import AxisClass, AxisClasses, Site
+from fxmerge.ir import AxisClass, AxisClasses, Site, Traced
 from fxmerge.running import Doubled, Substituted, evaluating, forget, fresh, full_state, to_device
 from fxmerge.stored import Made, Stored, read_when_asked
 
@@ -75,19 +75,31 @@ def apply(classes: AxisClasses, moves: Permutations, state: Mapping[str, Tensor]
             width = value.shape[site.axis] * site.groups
             source = by_site.setdefault(site, torch.arange(width))
             source[index[moves[k]]] = index
-        for site, source in sorted(by_site.items()):
+        for site in sorted(by_site, key=rows_first):
+            source = by_site[site]
             if torch.equal(source, torch.arange(len(source))):
                 continue
             source = source.to(value.device)
             if site.groups == 1:
                 value = value.index_select(site.axis, source)
-            else:  # a gather per group; rows were moved with axis 0, which sorts first
-                rows, inside = value.shape[0], value.shape[1]
+            else:  # a gather per group; rows were moved before
+                rows, inside = value.shape[site.along], value.shape[site.axis]
                 inner = (source % inside).reshape(site.groups, inside).repeat_interleave(rows // site.groups, 0)
-                value = torch.take_along_dim(value, inner.reshape(rows, inside, *[1] * (value.dim() - 2)), 1)
+                value = in_rows(value, site).take_along_dim(inner.reshape(rows, inside, *[1] * (value.dim() - 2)), 1)
+                value = value.movedim((0, 1), (site.along, site.axis))
         return value
 
     return Made(state, moved)
+
+
+def rows_first(site: Site) -> tuple[bool, Site]:
+    """A sorting key by which sites come after the rows that they are grouped by."""
+    return site.groups > 1, site
+
+
+def in_rows(value: Tensor, site: Site) -> Tensor:
+    """[rows, inside, ..]: the axes that a grouped site is along and on, first."""
+    return value.movedim((site.along, site.axis), (0, 1))
 
 
 def permute(module: nn.Module, classes: AxisClasses, seed: int = 0) -> nn.Module:
@@ -133,6 +145,18 @@ class Verification:
         return f"{'ok' if self.ok else 'FAILED'}: {self.moved} neurons moved, relative error {self.error:.1e}"
 
 
+def doubled(traced: Traced, state: Mapping[str, Tensor], grad: bool = False) -> object:
+    """What a traced network gives for its example inputs, in float64, with the tensors of ``state`` for its own.
+
+    ``grad``: whether the way there is kept.
+    """
+    args, kwargs = to_device((traced.args, dict(traced.kwargs)), None, torch.float64)
+    graph = traced.graph_module
+    made = Made(state, lambda name: to_device(state[name], None, torch.float64))
+    with evaluating(graph), torch.set_grad_enabled(grad), Substituted(graph, made), Doubled():
+        return graph(*fresh(args), **fresh(kwargs))
+
+
 def verify(
     module: nn.Module,
     classes: AxisClasses,
@@ -156,21 +180,14 @@ def verify(
         known, own = full_state(graph), full_state(module)
         state = read_when_asked({k: own.get(k, v) for k, v in known.items()})
         moves = random_element(classes, seed, only)
-        args, kwargs = to_device((traced.args, dict(traced.kwargs)), None, torch.float64)
-
-        def run(state: Mapping[str, Tensor]) -> object:
-            doubled = Made(state, lambda name: to_device(state[name], None, torch.float64))
-            with Substituted(graph, doubled), Doubled():
-                return graph(*fresh(args), **fresh(kwargs))
-
         try:
-            before = run(state)
+            before = doubled(traced, state)
         except RuntimeError as error:  # a kernel that there is for float32 only
             raise VerifyError(
                 f"{type(module).__name__} does not run in float64, which verification needs ({told(error)}); merge "
                 "with verify=False, or give it operations that do"
             ) from error
-        after = run(apply(classes, moves, state))
+        after = doubled(traced, apply(classes, moves, state))
     moved = sum(int((m != torch.arange(len(m))).sum()) for m in moves)
     return Verification(relative_error(before, after), moved, tolerance)
 

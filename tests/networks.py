@@ -10,8 +10,8 @@ blocks before what they hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from math import factorial as f
 
 import torch
@@ -29,6 +29,7 @@ class Case:
         order: the order of the group of neuron permutations that keep the function.
         exact: whether the compiler is to find all of them; where not, it may pin, but find nothing false.
         unknown: operations without a rule that are there on purpose.
+        stacks: (parameter, axis) -> the axis of which every row has neurons of its own on it.
     """
 
     make: Callable[[], nn.Module]
@@ -36,6 +37,7 @@ class Case:
     order: int
     exact: bool = True
     unknown: tuple[str, ...] = ()
+    stacks: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
 
 NETWORKS: dict[str, Case] = {}
@@ -69,14 +71,18 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 
 
 def network(
-    order: int, *inputs: Tensor, exact: bool = True, unknown: tuple[str, ...] = ()
+    order: int,
+    *inputs: Tensor,
+    exact: bool = True,
+    unknown: tuple[str, ...] = (),
+    stacks: Mapping[tuple[str, int], int] | None = None,
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Enter a class into ``NETWORKS`` under its name in snake case."""
 
     def enter(cls: type[nn.Module]) -> type[nn.Module]:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
         assert name not in NETWORKS, name
-        NETWORKS[name] = Case(lambda: randomise(cls().eval(), seed=0), inputs, order, exact, unknown)
+        NETWORKS[name] = Case(lambda: randomise(cls().eval(), seed=0), inputs, order, exact, unknown, stacks or {})
         return cls
 
     return enter
@@ -270,17 +276,6 @@ class EinsumLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(torch.einsum("bi,io->bo", x, self.a) + self.bias)
         return self.head(F.gelu(torch.einsum("bi,oi->bo", x, self.b)))
-
-
-@network(f(8) * f(2) * f(5), POINT)  # two axes of two tensors meet each other and nothing that is known
-class StackedLayers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(5, 8)
-        self.up, self.down = nn.Parameter(torch.empty(2, 8, 5)), nn.Parameter(torch.empty(2, 5, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("nd,hdk,hke->ne", torch.tanh(self.stem(x)), self.up, self.down)
 
 
 @network(f(6) * f(4), POINT)  # x @ W + b, then F.linear, then the transpose of the same weight: 6 -> 4 -> 6
@@ -1264,6 +1259,132 @@ class LatentsReadApart(LearnedLatents):
 
 
 # --------------------------------------------------------------------------------------------------------------
+# Stacks of weights, whose rows have neurons of their own
+# --------------------------------------------------------------------------------------------------------------
+
+
+# Two axes of two tensors meet each other and nothing that is known.
+@network(f(8) * f(2) * f(5) ** 2, POINT, stacks={("up", 2): 0, ("down", 1): 0})
+class StackedLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(5, 8)
+        self.up, self.down = nn.Parameter(torch.empty(2, 8, 5)), nn.Parameter(torch.empty(2, 5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nd,hdk,hke->ne", torch.tanh(self.stem(x)), self.up, self.down)
+
+
+class _Mixture(nn.Module):
+    """A router over three experts in the tensors of ``stack``; what they give is added to what they read."""
+
+    def __init__(self, **stack: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stem, self.router, self.head = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+        for name, shape in stack.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        return self.head(torch.tanh(x + self.mixed(x, self.router(x).softmax(-1))))
+
+
+# Each expert's hidden neurons by themselves; gates and values stand one behind the other on one axis.
+@network(f(6) * f(3) * f(4) ** 3, POINT, stacks={("up", 1): 0, ("bias", 1): 0, ("down", 2): 0})
+class Mixture(_Mixture):
+    def __init__(self) -> None:
+        super().__init__(up=(3, 8, 6), bias=(3, 8), down=(3, 6, 4))
+
+    def mixed(self, x: Tensor, gates: Tensor) -> Tensor:
+        gate, value = (torch.einsum("eki,ni->nek", self.up, x) + self.bias).chunk(2, -1)
+        return torch.einsum("ne,eok,nek->no", gates, self.down, F.silu(gate) * value)
+
+
+# The middle matrix has neurons of every expert's own on both of its axes.
+@network(f(6) * f(3) * f(4) ** 3 * f(5) ** 3, POINT, stacks={("a", 1): 0, ("b", 2): 0, ("b", 1): 0, ("c", 2): 0})
+class DeepMixture(_Mixture):
+    def __init__(self) -> None:
+        super().__init__(a=(3, 4, 6), b=(3, 5, 4), c=(3, 6, 5))
+
+    def mixed(self, x: Tensor, gates: Tensor) -> Tensor:
+        h = torch.tanh(torch.einsum("eki,ni->nek", self.a, x))
+        h = torch.tanh(torch.einsum("ejk,nek->nej", self.b, h))
+        return torch.einsum("ne,eoj,nej->no", gates, self.c, h)
+
+
+# Hidden neuron k of every expert hears of the k-th of the others.
+@network(f(6) * f(3) * f(4), POINT)
+class TalkingMixture(_Mixture):
+    def __init__(self) -> None:
+        super().__init__(up=(3, 4, 6), down=(3, 6, 4))
+
+    def mixed(self, x: Tensor, gates: Tensor) -> Tensor:
+        h = torch.tanh(torch.einsum("eki,ni->nek", self.up, x))
+        return torch.einsum("ne,eok,nek->no", gates, self.down, torch.tanh(h + h.mean(1, keepdim=True)))
+
+
+# Summed up over experts: the rows of the first tensor are free for each hidden neuron by itself.
+@network(f(6) * f(3) * f(4) * f(3) ** 4, POINT, stacks={("up", 0): 1})
+class SummedMixture(_Mixture):
+    def __init__(self) -> None:
+        super().__init__(up=(3, 4, 6), down=(3, 6, 4))
+
+    def mixed(self, x: Tensor, gates: Tensor) -> Tensor:
+        h = torch.tanh(torch.einsum("eki,ni->nek", self.up, x)).sum(1)
+        return torch.einsum("ne,eok,nk->no", gates, self.down, h)
+
+
+# Weights [in, heads, inside], and back [heads, inside, out].
+@network(
+    f(8) * f(3) * f(4) ** 3 * f(2) ** 3,
+    TOKENS,
+    stacks={("q", 2): 1, ("k", 2): 1, ("v", 2): 1, ("o", 1): 0},
+)
+class HeadsOnAnAxis(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.q, self.k = nn.Parameter(torch.empty(8, 3, 4)), nn.Parameter(torch.empty(8, 3, 4))
+        self.v, self.o = nn.Parameter(torch.empty(8, 3, 2)), nn.Parameter(torch.empty(3, 2, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        q, k, v = (torch.einsum("ntd,dhi->nhti", x, w) for w in (self.q, self.k, self.v))
+        read = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        return self.head(torch.tanh(x + torch.einsum("nhti,hid->ntd", read, self.o)).mean(1))
+
+
+# Layers in one tensor, run one after the other: rows stay, and each has hidden neurons of its own.
+@network(f(6) * f(4) ** 3, POINT, stacks={("up", 1): 0, ("bias", 1): 0, ("down", 2): 0})
+class LayersInATensor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.up, self.down = nn.Parameter(torch.empty(3, 4, 6)), nn.Parameter(torch.empty(3, 6, 4))
+        self.bias = nn.Parameter(torch.empty(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for k in range(3):
+            x = x + F.linear(torch.tanh(F.linear(x, self.up[k], self.bias[k])), self.down[k])
+        return self.head(x)
+
+
+# The input says which layer is used, and the example inputs ask for two of three: nothing is said of the third.
+@network(f(6) * f(4), POINT, torch.tensor([0, 2, 0]))
+class LayersByInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.up, self.down = nn.Parameter(torch.empty(3, 4, 6)), nn.Parameter(torch.empty(3, 6, 4))
+
+    def forward(self, x: Tensor, which: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        h = torch.tanh(torch.einsum("nki,ni->nk", self.up[which], x))
+        return self.head(torch.tanh(x + torch.einsum("nok,nk->no", self.down[which], h)))
+
+
+# --------------------------------------------------------------------------------------------------------------
 # Entries chosen by value
 # --------------------------------------------------------------------------------------------------------------
 
@@ -1313,6 +1434,20 @@ class ExpertsBySorting(_Experts):
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order))
         return torch.bmm(self.weight[chosen], x[order].unsqueeze(-1)).squeeze(-1)[back]
+
+
+# Rows sorted by their expert pass two layers there: each expert's hidden neurons are its own.
+@network(f(6) * f(4) * f(5) ** 4 * f(7), POINT)
+class ExpertsOfTwoLayers(_Experts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(4, 5, 6)), nn.Parameter(torch.empty(4, 5))
+        self.down = nn.Parameter(torch.empty(4, 7, 5))
+
+    def experts(self, x: Tensor, gates: Tensor) -> Tensor:
+        chosen, order = gates.argmax(-1).sort()
+        made = torch.tanh(torch.bmm(self.weight[chosen], x[order].unsqueeze(-1)).squeeze(-1) + self.bias[chosen])
+        return torch.bmm(self.down[chosen], made.unsqueeze(-1)).squeeze(-1)[order.argsort()]
 
 
 @network(

@@ -22,7 +22,7 @@ The search is exhaustive: nothing found is false, and what is not found does not
 * Only permutations along axes are seen. A swap across two parameters (two equal branches exchanging) or of
   single entries is not, and neither are signs, scales, or rotations.
 * A grouped convolution's input atoms are (group, place) pairs, taken from the module's ``groups``; grouped convolution
-  called as a function on a parameter is not known as such.
+  called as a function on a parameter is not known as such. Nor are stacks of weights, unless they are given.
 * Atoms that the function does not depend on (a key's bias under softmax, a bias before InstanceNorm) stay put.
 * Refinement needs gradients that are symmetric where the parameters are, and not zero. For it alone, max over a
   dimension shares its gradient among equals, kinked functions give way to smooth ones with the same symmetries, and
@@ -66,12 +66,20 @@ class Symmetries:
     live: Mapping[Axis, list[bool]]
 
 
-def find_symmetries(model: nn.Module, inputs: Sequence[Tensor], seed: int = 0, budget: int = 3000) -> Symmetries:
+def find_symmetries(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    seed: int = 0,
+    budget: int = 3000,
+    stacks: Mapping[Axis, int] | None = None,
+) -> Symmetries:
     """The permutations of parameter axes that leave ``model(*inputs)`` unchanged.
+
+    ``stacks``: axes of which every row along another axis has atoms of its own.
 
     Raises OracleError when more than ``budget`` refinements were not enough.
     """
-    return _Search(model, inputs, seed, budget).run()
+    return _Search(model, inputs, seed, budget, stacks or {}).run()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -192,7 +200,9 @@ def _flatten(outputs: Any) -> list[Tensor]:
 
 
 class _Search:
-    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], seed: int, budget: int) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Sequence[Tensor], seed: int, budget: int, stacks: Mapping[Axis, int]
+    ) -> None:
         self.model, self.budget = model, budget
         self.inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
         self.random = np.random.default_rng(seed)
@@ -210,6 +220,10 @@ class _Search:
             if (g := groups.get(name, 1)) > 1:
                 rows, inside = self.places[name][:2]
                 self.places[name][1] = rows // (t.shape[0] // g) * t.shape[1] + inside
+            plain = list(self.places[name])
+            for a in range(t.dim()):
+                if (name, a) in stacks:
+                    self.places[name][a] = plain[stacks[name, a]] * t.shape[a] + plain[a]
             for a in range(t.dim()):
                 self.size[name, a] = int(self.places[name][a].max()) + 1
         self.entry = {

@@ -26,8 +26,9 @@ ORDER = """
     errors clock atoms markup ir heap products linalg shards stored running size ranks moments
     symbolic batch recorder record guess trace vocabulary document fingerprint folder alignment listing
     card export exchange barrier
+    symmetry stacks
     label calls slots meeting labels rules interpret sides places colours classes
-    alike units coupling layout symmetry stats collect regression interfaces matching checks descent literals rewrite
+    alike units coupling layout stats collect regression interfaces matching checks descent literals rewrite
     widths affinity cells budget matchers data correspond ensemble repair depth facts page recipe report plan gather
     provenance pipeline sources loaders commands cli api __init__
     """.split()

@@ -51,7 +51,7 @@ class CCAMerge(AbstractMatcher):
         assert problem.statistics is not None, "the pipeline collects statistics for matchers that need data"
         for k, taps in problem.statistics.moments.items():
             c, rows = problem.classes[0][k], min(m.count for m in taps)
-            if rows <= c.size and not c.parents:
+            if rows <= c.size and not c.parents and not problem.classes[0].children(k):
                 raise InputError(
                     f"class '{c.name}' has {c.size} neurons and the data shows them {rows} times, so their covariance "
                     f"has no full rank: give at least {c.size + 1} samples x positions"
