@@ -166,11 +166,12 @@ def _mean(parts: Sequence[tuple[float, Tensor]]) -> Tensor:
     return sum(w / total * v for w, v in parts).to(first.dtype)  # type: ignore[union-attr]
 
 
-def _carrier(own: Sequence[Entry], classes: AxisClasses) -> Site | None:
-    """The one axis that carries the parents' shares; the others only say who is where."""
+def _carrier(own: Sequence[Entry], classes: AxisClasses, maps: Maps) -> Site | None:
+    """The one axis that carries the parents' shares, where rows are mixed; the others only say who is where."""
     makes = [s for s in sorted({site for site, _, _ in own}) if s not in classes.reads]
     free = [s for s in makes if any(s == t and classes[c].free for t, c, _ in own)]
-    return next(iter(free or makes), None)
+    mixed = [s for s in free if any(s == t and not maps.permutes(c) for t, c, _ in own)]
+    return next(iter(mixed or free or makes), None)
 
 
 def _made_whole(
@@ -185,16 +186,20 @@ def _made_whole(
 ) -> Tensor:
     """A sum over some of the parents as a mean over them: divided, row by row, by what they gave to it."""
     present = [k for k in range(len(parents)) if k not in without]
-    carrier = _carrier(touched[present[0]][name], parents[present[0]])
+    carrier = _carrier(touched[present[0]][name], parents[present[0]], maps)
     if carrier is None:
         return value / max(sum(weights[k] for k in present), 1e-30)
-    mass = torch.ones(value.shape[carrier.axis], dtype=torch.float64)
+    mass = torch.ones(value.shape[carrier.axis] * carrier.groups, dtype=torch.float64)
     for (site, c, _), (_, _, goal) in zip(touched[present[0]][name], target, strict=True):
         if site == carrier:
             rows = torch.stack([maps(c, k, True).matrix.double().sum(1).cpu() for k in present]).sum(0)
             mass[goal] = rows[:, None].expand_as(goal)
     mass = torch.where(mass.abs() > 1e-6, mass, 1.0).to(value)
-    return value / mass.reshape([-1 if d == carrier.axis else 1 for d in range(value.dim())])
+    if carrier.groups == 1:
+        return value / mass.reshape([-1 if d == carrier.axis else 1 for d in range(value.dim())])
+    rows = in_rows(value, carrier)
+    mass = mass.reshape(*rows.shape[:2], *[1] * (value.dim() - 2))
+    return (rows / mass).movedim((0, 1), (carrier.along, carrier.axis))
 
 
 def _carry(
@@ -210,7 +215,7 @@ def _carry(
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
     sites = sorted({site for site, _, _ in own}, key=rows_first)
-    carrier = _carrier(own, classes)
+    carrier = _carrier(own, classes, maps)
     if carrier is None:
         value = weight * value
     for site in sites:
@@ -237,6 +242,10 @@ class Maps:
     def __init__(self, couplings: Sequence[Coupling] | Mapping[int, Coupling]) -> None:
         self._couplings = couplings
         self._known: dict[tuple[int, int, bool, bool], Map] = {}
+
+    def permutes(self, c: int) -> bool:
+        """Whether class c goes one to one."""
+        return isinstance(self._couplings[c], Permuted)
 
     def __call__(self, c: int, k: int, carries: bool, dual: bool = False) -> Map:
         """Class c, parent k: [n, n_k], rows made by merging (the ``dual`` way), or columns read back."""

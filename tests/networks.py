@@ -1356,7 +1356,7 @@ class HeadsOnAnAxis(nn.Module):
 
 # Layers in one tensor, run one after the other: rows stay, and each has hidden neurons of its own.
 @network(f(6) * f(4) ** 3, POINT, stacks={("up", 1): 0, ("bias", 1): 0, ("down", 2): 0})
-class LayersInATensor(nn.Module):
+class LayersInOneTensor(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.head = nn.Linear(5, 6), nn.Linear(6, 3)

@@ -45,6 +45,9 @@ TWINS = [
     "attention_causal",
     "query_key_norm",
     "windowed_attention",
+    "mixture",
+    "heads_on_an_axis",
+    "layers_in_one_tensor",
 ]
 
 

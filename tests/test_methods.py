@@ -26,10 +26,10 @@ from fxmerge.affinity import Affinity, from_moments, from_weights
 from fxmerge.budget import Costs, spread
 from fxmerge.cells import class_by_class, permutations
 from fxmerge.collect import collect
-from fxmerge.coupling import fuse
+from fxmerge.coupling import Permuted, fuse
 from fxmerge.errors import InputError
 from fxmerge.interfaces import AbstractMatcher, Problem
-from fxmerge.ir import AxisClasses
+from fxmerge.ir import Alignment, AxisClasses, Coupling
 from fxmerge.layout import resized
 from fxmerge.linalg import correlation, transport
 from fxmerge.matchers import ActivationMatching, CCAMerge, OTFusion, PLeaS, WeightMatching, ZipIt
@@ -226,6 +226,37 @@ def fused(p: Problem, matcher: AbstractMatcher) -> nn.Module:
 def far(expected: nn.Module, got: nn.Module, x: Tensor) -> float:
     with torch.no_grad():
         return relative_error(expected(x), got(x))
+
+
+def test_every_row_of_a_stack_goes_through_its_own_block():
+    """Experts of B in another order, and a matrix of its own for each expert's hidden neurons."""
+    case = NETWORKS["mixture"]
+    a, b = (randomise(case.make(), s).double() for s in (1, 2))
+    x = case.example_inputs[0].double()
+    classes = fxmerge.infer_classes(a, x)
+    experts = next(k for k in range(len(classes)) if classes.children(k))
+    (hidden,) = classes.children(experts)
+    order = torch.tensor([2, 0, 1])
+    draw = torch.Generator().manual_seed(0)
+    parts = torch.rand(2, 3, 4, 4, generator=draw, dtype=torch.float64)  # merge and unmerge of every pair
+    merge, unmerge = torch.zeros(2, 3, 4, 3, 4, dtype=torch.float64)
+    merge[torch.arange(3), :, order], unmerge[torch.arange(3), :, order] = parts[0], parts[1]
+    eye = torch.eye(12, dtype=torch.float64)
+    couplings = [Permuted([torch.arange(c.size)] * 2, (0.5, 0.5)) for c in classes]
+    couplings[experts] = Permuted([torch.arange(3), order], (0.5, 0.5))
+    couplings[hidden] = Coupling(
+        torch.cat([eye / 2, merge.reshape(12, 12) / 2], 1), torch.cat([eye, unmerge.reshape(12, 12).T]), (12, 12)
+    )
+    states = [dict(m.state_dict()) for m in (a, b)]
+    got = fuse((classes,) * 2, classes, Alignment(tuple(couplings), "drawn"), states, (0.5, 0.5))
+    for e in range(3):
+        u, v = parts[:, e]
+        for name in ("up", "bias"):  # gates, then values
+            there = states[1][name][order[e]].unflatten(0, (2, 4))
+            expected = states[0][name][e] + torch.einsum("ij,gj...->gi...", u, there).flatten(0, 1)
+            torch.testing.assert_close(got[name][e], expected / 2)
+        expected = states[0]["down"][e] + states[1]["down"][order[e]] @ v.T
+        torch.testing.assert_close(got["down"][e], expected / 2)
 
 
 # All methods on all networks --------------------------------------------------------------------------------
