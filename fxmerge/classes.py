@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxmerge.atoms import Ints, connected, distinct, entangled, mix, pair_ranks, unique, unique_pairs
+from fxmerge.atoms import Ints, connected, distinct, entangled, independent, mix, pair_ranks, unique, unique_pairs
 from fxmerge.colours import Facts
 from fxmerge.errors import UnknownOpError
 from fxmerge.interpret import Interpretation, interpret
@@ -192,6 +192,8 @@ def _nest(found: Interpretation, colour: Ints, child: Ints, block: Ints) -> bool
                     continue  # not one block of each nature around every neuron
                 if len(unique(block[at])) == 1 or len(unique(block[to])) == 1:
                     continue
+                if _parted(child, block, block[at], block[to]):
+                    continue
                 seen, marked = len(atoms.edges), len(atoms.tags)
                 if found.relate(block[at], block[to]) == "same":
                     return True
@@ -200,6 +202,20 @@ def _nest(found: Interpretation, colour: Ints, child: Ints, block: Ints) -> bool
                     changed |= bool(new)
                 changed |= len(atoms.tags) > marked  # entangled, and pinned for it
     return changed
+
+
+def _parted(child: Ints, block: Ints, x: Ints, y: Ints) -> bool:
+    """Whether neurons that meet all with all, in parts, are in one block for every part already."""
+    one, other = unique_pairs(x, y)
+    if distinct(one) or distinct(other) or not independent(x, y):
+        return False
+    ids, part = connected(one, other)
+    at = np.isin(child, ids)
+    members = part[np.searchsorted(ids, child[at])]
+    held, inside, where = pair_ranks(block[at], members)
+    whole = np.bincount(where) == np.bincount(part)[inside]
+    _, blocks, parts = np.unique(held, return_inverse=True, return_counts=True)
+    return len(unique(inside[whole & (parts[blocks] == 1)])) == part.max() + 1
 
 
 def _build(

@@ -1176,6 +1176,21 @@ class QueryKeyNorm(_Attention):
         return F.scaled_dot_product_attention(q, k, v)
 
 
+# Key-value heads, their query heads, and values: frequencies and norms that heads share leave no other dimensions free.
+@network(f(8) * f(2) * f(2) ** 2 * f(4) ** 2, TOKENS)
+class GroupedQueryKeyNorm(RotaryHalves):
+    def __init__(self) -> None:
+        _Attention.__init__(self, heads=4, dim=4, kv_heads=2)
+        angles = torch.outer(torch.arange(6.0), torch.tensor([1.0, 0.3])).repeat(1, 2)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+        self.q_norm, self.k_norm = nn.RMSNorm(4), nn.RMSNorm(4)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = self.rotate(self.q_norm(q)), self.rotate(self.k_norm(k))
+        return F.scaled_dot_product_attention(q, *(t.repeat_interleave(2, dim=1) for t in (k, v)))
+
+
 @network(f(8) * HEADS, TOKENS)  # one temperature per head
 class LearnedTemperature(_Attention):
     def __init__(self) -> None:
