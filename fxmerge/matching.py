@@ -103,7 +103,7 @@ class _Solver:
         self.joints = joints
         self.sweeps = 2 if any(len(classes[k].parents) > 1 for k in family) else 1
         self.known: dict[int, Tensor] = {}
-        self._cache: dict[int, tuple[list[Tensor | None], Tensor | Products]] = {}
+        self._cache: dict[int, tuple[list[Tensor | None], Tensor | None]] = {}
         self.below = {k: self._descendants(k) for k in family}
         self.members: dict[tuple[int, int], list[Tensor]] = {}
         for k in family:
@@ -180,23 +180,24 @@ class _Solver:
             inside[x, y] = self.known
             return value
 
-        worth = self._worth(k)
-        total = self._score(worth if worth is not None else self._own(k), left, right, allowed)
+        worth = self._worth(k, left, right)
+        total = self._masked(part(self._own(k), left, right).cpu() if worth is None else worth, allowed)
         if worth is None:
             for x in range(len(left)):
                 for y in range(len(right)):
                     total[x, y] += inner(x, y)
         p = assignment(total)
-        for x, y in enumerate(p.tolist()) if below else ():
-            if (x, y) not in inside:
-                inner(x, y)
-        self.known = outside
+        if worth is None or not self._follow(below, k, left, right[p]):
+            for x, y in enumerate(p.tolist()):
+                if (x, y) not in inside:
+                    inner(x, y)
+            self.known = outside
+            for x, y in enumerate(p.tolist()):
+                for c, found in inside[x, y].items():
+                    if c in self.below[k]:
+                        at = (found >= 0).nonzero()[:, 0]
+                        self._settle(c, at, found[at])
         self._settle(k, left, right[p])
-        for x, y in enumerate(p.tolist()) if below else ():
-            for c, found in inside[x, y].items():
-                if c in self.below[k]:
-                    at = (found >= 0).nonzero()[:, 0]
-                    self._settle(c, at, found[at])
         if k in self.values:
             return float(self.values[k][self.classes[k].blocks[left[0], 0], self.classes[k].blocks[right[0], 0]])
         return float(total[torch.arange(len(left)), p].sum())
@@ -205,11 +206,35 @@ class _Solver:
         n = self.classes[k].size
         return self.scores[k] if k in self.scores else torch.zeros(n, n, dtype=torch.float64)
 
-    def _worth(self, k: int) -> Tensor | Products | None:
-        """[n, n]: the score of class k and, for every pair, of the best matching of all that hangs below; in one go.
+    def _follow(self, below: Sequence[int], k: int, left: Tensor, right: Tensor) -> bool:
+        """Settles all that hangs below pairs of neurons of class k, where nothing is left to choose; else False."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        for c in below:
+            rows, columns = ([self.members[c, k][i] for i in side.tolist()] for side in (left, right))
+            if self.below[c] or len({len(m) for m in (*rows, *columns)}) > 1:
+                return False
+            a, b = torch.stack(rows), torch.stack(columns)
+            goals = [
+                (self.known[p][self.classes[c].blocks[a, j]] if p in self.known else torch.full_like(a, -1), j)
+                for j, p in enumerate(self.classes[c].parents)
+                if p != k
+            ]
+            if any(bool((goal < 0).any()) for goal, _ in goals):  # a product whose other side is not settled yet
+                continue
+            fits = torch.ones(len(a), a.shape[1], a.shape[1], dtype=torch.bool)
+            for goal, j in goals:
+                fits &= goal[:, :, None] == self.classes[c].blocks[b, j][:, None, :]
+            if not bool((fits.sum(-1) == 1).all()):
+                return False
+            found[c] = a.flatten(), b.gather(1, fits.byte().argmax(-1)).flatten()
+        for c, pair in found.items():
+            self._settle(c, *pair)
+        return True
 
-        None where that is to be seen pair by pair: joints, two blocks below k that share members, or members of other
-        blocks that are settled in part.
+    def _worth(self, k: int, left: Tensor, right: Tensor) -> Tensor | None:
+        """[left, right]: the score of class k and, for every pair, of the best matching of all that hangs below.
+
+        None where that is to be seen pair by pair: joints, or two blocks below k that share members.
         """
         tree = {k} | self.below[k]
         around = [{p for p in self.classes[c].parents if p not in tree} for c in self.below[k]]
@@ -217,43 +242,54 @@ class _Solver:
         plain = all(len(self.classes[c].parents) == len(a) + 1 for c, a in zip(self.below[k], around, strict=True))
         if not plain or tied & self.below[k]:
             return None
-        given = [self.known.get(p) for p in sorted(set().union(*around))]
-        if any(x is not None and bool((x < 0).any()) for x in given):
-            return None
-        if k in self._cache and all(x is y for x, y in zip(self._cache[k][0], given, strict=True)):
-            return self._cache[k][1]
         if not self.below[k]:
-            return self._own(k)
-        total = whole(self._own(k)).cpu().clone()
+            return part(self._own(k), left, right).cpu()
+        given = [self.known.get(p) for p in sorted(set().union(*around))]
+        if any(x is not None and bool((x < 0).any()) for x in given):  # known in these blocks alone
+            return self._summed(k, left, right)
+        if k not in self._cache or any(x is not y for x, y in zip(self._cache[k][0], given, strict=True)):
+            everything = torch.arange(self.classes[k].size)
+            self._cache[k] = given, self._summed(k, everything, everything)
+        total = self._cache[k][1]
+        return None if total is None else total[left][:, right]
+
+    def _summed(self, k: int, left: Tensor, right: Tensor) -> Tensor | None:
+        total = part(self._own(k), left, right).cpu().clone()
         for c in self.family:
             if k not in self.classes[c].parents:
                 continue
-            order, own = torch.cat(self.members[c, k]), self._own(c)
-            one_size = len({len(m) for m in self.members[c, k]}) == 1
-            plain = c not in self.values and one_size and not self.below[c] and len(self.classes[c].parents) == 1
-            if isinstance(own, Products) and plain:
-                for i, members in enumerate(self.members[c, k]):  # all at once they may be larger than the networks
-                    inner = own.block(members, order).cpu().unflatten(1, (len(total), -1))
-                    total[i] += _best(inner.transpose(0, 1))
+            rows, columns = ([self.members[c, k][i] for i in side.tolist()] for side in (left, right))
+            one_size = len({len(m) for m in (*rows, *columns)}) == 1
+            if c in self.values:
+                first = [self.classes[c].blocks[torch.stack([m[0] for m in side]), 0] for side in (rows, columns)]
+                total += self.values[c][first[0]][:, first[1]]
                 continue
-            allowed = self._allowed(c, order, order, k)
+            a, b = torch.cat(rows), torch.cat(columns)
+            if isinstance(self._own(c), Products) and one_size and len(self.classes[c].parents) == 1:
+                for i, members in enumerate(rows):  # all at once they may be larger than the networks
+                    inner = self._worth(c, members, b)
+                    if inner is None:
+                        return None
+                    total[i] += _best(inner.unflatten(1, (len(right), -1)).transpose(0, 1))
+                continue
+            allowed = self._allowed(c, a, b, k)
             if allowed is None:  # a product whose other side is not settled yet
                 continue
-            if c in self.values:
-                first = self.classes[c].blocks[torch.stack([m[0] for m in self.members[c, k]]), 0]
-                total += self.values[c][first][:, first]
-                continue
-            below = self._worth(c)
-            if below is None or not one_size:
+            inner = self._worth(c, a, b)
+            if inner is None or not one_size:
                 return None
-            inner = self._score(below, order, order, allowed).unflatten(0, (len(total), -1))
-            total += _best(inner.unflatten(2, (len(total), -1)).transpose(1, 2))
-        self._cache[k] = given, total
+            cells, fits = (
+                t.unflatten(1, (len(right), -1)).unflatten(0, (len(left), -1)).transpose(1, 2) for t in (inner, allowed)
+            )
+            if bool((fits.sum(-1) == 1).all()):  # the other side leaves nothing to choose
+                total += (cells * fits).sum((-1, -2))
+            else:
+                total += _best(self._masked(cells, fits))
         return total
 
-    def _score(self, matrix: Tensor | Products, left: Tensor, right: Tensor, allowed: Tensor) -> Tensor:
-        own = part(matrix, left, right).cpu()
-        return own if bool(allowed.all()) else own.masked_fill(~allowed, -1e12 * max(1.0, float(own.abs().max())))
+    @staticmethod
+    def _masked(score: Tensor, allowed: Tensor) -> Tensor:
+        return score if bool(allowed.all()) else score.masked_fill(~allowed, -1e12 * max(1.0, float(score.abs().max())))
 
     def _allowed(self, c: int, a: Tensor, b: Tensor, parent: int | None) -> Tensor | None:
         """[len(a), len(b)]: pairs whose other blocks correspond; None where that is not known yet."""
@@ -282,7 +318,7 @@ class _Solver:
         first, (a, b) = next(iter(below.items()))
         blocks = self.classes[first].blocks[:, self.classes[first].parents.index(parent)]
         i, j = int(blocks[a[0]]), int(blocks[b[0]])
-        scores = {k: self._score(self._own(k), *below[k], cast(Tensor, masks[k])).numpy() for k in below}
+        scores = {k: self._masked(part(self._own(k), *below[k]).cpu(), cast(Tensor, masks[k])).numpy() for k in below}
         pairs = [
             (t.outer, t.inner, t.left[i].numpy(), t.right[j].numpy())
             for t in self.joints

@@ -128,7 +128,7 @@ def _drawn(classes: AxisClasses, state: Mapping[str, Tensor]) -> Mapping[str, Te
         if name not in trained or not value.is_floating_point():
             return value
         seed = zlib.crc32(canonical.get(name, name).encode())
-        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
         spread = float(value.double().std()) if value.numel() > 1 else 0.0
         return value.double() + noise.to(value.device) * _NOISE * (spread or _NOISE)
 
