@@ -94,6 +94,12 @@ class Meeting:
         self.atoms.pin(label.order.atoms.numpy(), f"the order along an axis matters ({self.place})")
         return replace(label, order=None)
 
+    def same_names(self, one: Order, other: Order | None) -> bool:
+        """Whether two values name the same neurons by the same numbers."""
+        if other is None or {one.what, other.what} != {"names"}:
+            return False
+        return np.array_equal(self._roots(one.atoms), self._roots(other.atoms))
+
     def rows(self, count: int, order: Order) -> Tensor:
         """Fresh atoms for rows sorted by names: these may move only if nothing tells the rows apart."""
         rows = torch.from_numpy(self.atoms.fresh(count, -1))

@@ -1144,6 +1144,21 @@ class RotaryHalves(_Attention):
         return F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v)
 
 
+@network(f(8) * f(2) * f(4) ** 2, TOKENS)  # pairs of neighbours as complex numbers
+class RotaryComplex(_Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.outer(torch.arange(6.0), torch.tensor([1.0, 0.3]))
+        self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles).to(torch.complex128))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * self.turns).flatten(-2).to(x)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v)
+
+
 class _RotaryOnePair(RotaryHalves):
     def __init__(self, heads: int) -> None:
         _Attention.__init__(self, heads, dim=2, kv_heads=heads)
@@ -1449,6 +1464,17 @@ class ExpertsBySorting(_Experts):
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order))
         return torch.bmm(self.weight[chosen], x[order].unsqueeze(-1)).squeeze(-1)[back]
+
+
+# The first choice and the second of what is left, one behind the other.
+@network(f(6) * f(4) * f(7), POINT)
+class ExpertsChosenInTurn(_Experts):
+    def experts(self, x: Tensor, gates: Tensor) -> Tensor:
+        first = gates.argmax(-1, keepdim=True)
+        second = gates.scatter(1, first, 0.0).argmax(-1, keepdim=True)
+        chosen = torch.cat([first, second], -1)
+        values = gates.gather(1, chosen).unsqueeze(-1)
+        return (torch.einsum("nkoi,ni->nko", self.weight[chosen], x) * values).sum(1)
 
 
 # Rows sorted by their expert pass two layers there: each expert's hidden neurons are its own.

@@ -28,6 +28,11 @@ TEXT: dict[str, Any] = SPECIAL | STACK | {"max_position_embeddings": 32}
 GPT: dict[str, Any] = SPECIAL | {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 32, "n_inner": 24}
 GROUPED: dict[str, Any] = TEXT | {"num_key_value_heads": 2}
 WIDE: dict[str, Any] = GROUPED | {"head_dim": 8}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
+    "moe_top_k": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 8,
+    "first_k_dense_replace": 0,
+}  # fmt: skip
 IMAGE: dict[str, Any] = STACK | {"image_size": 16, "patch_size": 4}
 PAIR: dict[str, Any] = SPECIAL | {
     "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
@@ -152,6 +157,19 @@ TYPES: dict[str, tuple[str, dict[str, Any], Callable[[], Inputs]]] = {
         "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 12,
     }, causal),
     "olmoe": ("ForCausalLM", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}, causal),
+    "qwen3_moe": ("ForCausalLM", WIDE | EXPERTS, causal),
+    "glm4_moe": ("ForCausalLM", GROUPED | EXPERTS, causal),
+    "granitemoe": ("ForCausalLM", GROUPED | EXPERTS, causal),
+    "phimoe": ("ForCausalLM", GROUPED | EXPERTS, causal),
+    "minimax": ("ForCausalLM", GROUPED | EXPERTS, causal),
+    "jetmoe": ("ForCausalLM", GROUPED | EXPERTS, causal),
+    "llama4_text": ("ForCausalLM", GROUPED | EXPERTS | {
+        "intermediate_size_mlp": 24, "head_dim": 4, "interleave_moe_layer_step": 1, "num_experts_per_tok": 1,
+    }, causal),
+    "jamba": ("ForCausalLM", GROUPED | EXPERTS | {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0,
+        "use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4,
+    }, causal),
     "gpt_oss": ("ForCausalLM", WIDE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}, causal),
     "mamba": ("ForCausalLM", SPECIAL | {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}, causal),
     "mamba2": ("ForCausalLM", SPECIAL | {

@@ -8,7 +8,7 @@ MOVEMENT = frozenset(name for name, function in RULES.items() if function.__modu
 
 FOLLOWED = frozenset(
     [name for name, function in RULES.items() if function.__module__ == choice.__name__]
-    + [name for name in MOVEMENT if RULES[name] is movement.moved]
+    + [name for name in MOVEMENT if RULES[name] in (movement.moved, movement.joined)]
     + "alias clone contiguous detach double float half lift lift_fresh to _to_copy".split()
 )
 """Operations that know what to do with values that follow an order of neurons."""

@@ -72,6 +72,11 @@ def joined(ctx: Any, call: Any) -> Any:
         # one number throughout goes with whichever neurons it stands beside
         beside = next((tuple(t for t in p.neurons if t.shape[dim] == 1) for p in parts if p.neurons), ())
         parts = [p if p.neurons or p.fixed else replace(p, neurons=beside) for p in parts]
+        order = parts[0].order  # indices that name the same neurons do so one behind the other, too
+        if order is not None and all(ctx.same_names(order, p.order) for p in parts):
+            parts = [replace(p, order=None) for p in parts]
+        else:
+            order = None
 
         def cat(tensors: Any) -> Any:
             # what no part varies in stays narrow
@@ -79,12 +84,29 @@ def joined(ctx: Any, call: Any) -> Any:
             thin = [t[tuple(slice(None) if k else slice(0, 1) for k in keep)] for t in tensors]
             return torch.cat(thin, dim)
 
-        return ctx.join(parts, cat, call.shapes[0])
+        return replace(ctx.join(parts, cat, call.shapes[0]), order=order)
     return ctx.join(parts, lambda tensors: call.run({"tensors": tensors}), call.shapes[0])
 
 
 def _varies(t: Any, d: Any) -> Any:
     return t.shape[d] > 1 and t.stride(d) != 0
+
+
+@rule("view_as_complex")
+def complex_of(ctx: Any, call: Any) -> Any:
+    """The two entries of the last axis become one number; which is the real part matters."""
+    x = ctx.lift(call["self"])
+    return ctx.reduce(ctx.ordered(x, [-1]), [-1])
+
+
+@rule("view_as_real")
+def parts_of(ctx: Any, call: Any) -> Any:
+    """Real and imaginary part, on a last axis of two places."""
+    x, shape = ctx.lift(call["self"]), call.shapes[0]
+    x = ctx.move(x, lambda t: t.unsqueeze(-1), (*x.shape, 1))
+    return ctx.align(
+        x, type(x)((1,) * (x.ndim - 1) + (2,), fixed=ctx.positions((1,) * (x.ndim - 1) + (2,))), shape=shape
+    )
 
 
 @rule("pad", "constant_pad_nd")
