@@ -20,7 +20,7 @@ from fxmerge.heap import LARGE, give_back
 from fxmerge.ir import AxisClasses, Coupling
 from fxmerge.linalg import correlation
 from fxmerge.moments import Moments
-from fxmerge.products import Factor, Products, diagonal, kept, part, whole
+from fxmerge.products import Factor, Products, kept, part, whole
 from fxmerge.symmetry import in_rows
 
 
@@ -29,30 +29,38 @@ class Affinity:
     """Inner products between the neurons of one class over all parents, [N, N] with N = n_a + n_b + ..
 
     Attributes:
-        raw: mean <x_i, x_j> over samples; of weights <x_i, x_j>, kept as factors.
-        centred: the same after subtracting each neuron's mean: covariances. Of weights as they are.
-        alike: correlations, in [-1, 1]; None for those of ``centred``.
+        inner: mean <x_i, x_j> over samples; of weights <x_i, x_j>, kept as factors. ``raw`` is the matrix.
+        covariance: the same after subtracting each neuron's mean, of weights as it is. ``centred`` is the matrix.
+        alike: correlations, in [-1, 1]; None for those of ``covariance``.
         widths: (n_a, n_b, ..).
         count: number of samples behind it; 0 for weights.
-        sides: ``centred`` of the places that are not turned, and of those that are; None where that is not known.
+        sides: ``covariance`` of the places that are not turned, and of those that are; None where that is not known.
         rigid: whether only orthogonal maps leave contractions alone: neurons that are summed over against themselves,
             or whose two sides are not known.
     """
 
-    raw: Tensor | Products
-    centred: Tensor | Products
+    inner: Tensor | Products
+    covariance: Tensor | Products
     alike: Tensor | None
     widths: tuple[int, ...]
     count: int
     sides: tuple[Tensor, Tensor] | None = None
     rigid: bool = False
 
+    @property
+    def raw(self) -> Tensor:
+        return whole(self.inner)
+
+    @property
+    def centred(self) -> Tensor:
+        return whole(self.covariance)
+
     @cached_property
     def correlation(self) -> Tensor:
         """In [-1, 1]."""
         if self.alike is not None:
             return self.alike
-        centred = whole(self.centred)
+        centred = self.centred
         return correlation(centred, centred.diagonal(), centred.diagonal())
 
     @cached_property
@@ -61,7 +69,7 @@ class Affinity:
 
         Weights may be a single number a neuron (a bias alone), of which a correlation sees only the sign.
         """
-        return self.correlation if self.count else self.raw / diagonal(self.raw).mean().clamp_min(1e-30)
+        return self.correlation if self.count else self.inner / self.inner.diagonal().mean().clamp_min(1e-30)
 
     @property
     def starts(self) -> list[int]:
@@ -71,10 +79,12 @@ class Affinity:
     def at(self, members: Sequence[Tensor]) -> Affinity:
         """Of some neurons only: per parent, which."""
         i = torch.cat([m + s for m, s in zip(members, self.starts, strict=True)])
-        raw, centred = (x.at(i, i) if isinstance(x, Products) else x[i][:, i] for x in (self.raw, self.centred))
+        inner, covariance = (
+            x.at(i, i) if isinstance(x, Products) else x[i][:, i] for x in (self.inner, self.covariance)
+        )
         alike = None if self.alike is None else self.alike[i][:, i]
         sides = None if self.sides is None else (self.sides[0][i][:, i], self.sides[1][i][:, i])
-        return Affinity(raw, centred, alike, tuple(len(m) for m in members), self.count, sides, self.rigid)
+        return Affinity(inner, covariance, alike, tuple(len(m) for m in members), self.count, sides, self.rigid)
 
     def joined(self, other: Affinity) -> Affinity:
         """The mean of two, at one scale."""
@@ -84,8 +94,8 @@ class Affinity:
             return (a + b.to(a)) / 2
 
         alike = (self.correlation + other.correlation.to(self.correlation)) / 2
-        centred, raw = (mean(whole(x), whole(y)) for x, y in ((self.centred, other.centred), (self.raw, other.raw)))
-        return replace(self, raw=raw, centred=centred, alike=alike, count=max(self.count, other.count))
+        covariance, inner = mean(self.centred, other.centred), mean(self.raw, other.raw)
+        return replace(self, inner=inner, covariance=covariance, alike=alike, count=max(self.count, other.count))
 
     def of(self, parents: Sequence[int]) -> Affinity:
         """Of some parents only."""
@@ -107,7 +117,7 @@ class Affinity:
 
     def sizes(self, p: int) -> Tensor:
         """[n_p]: squared norms of one parent's neurons."""
-        return diagonal(self.raw).split(self.widths)[p]
+        return self.inner.diagonal().split(self.widths)[p]
 
 
 def from_moments(taps: Sequence[Moments]) -> Affinity:
@@ -115,7 +125,7 @@ def from_moments(taps: Sequence[Moments]) -> Affinity:
     halves = [[m for m in taps if m.turned is side] for side in (False, True)]
     if all(halves):
         one, other = (_pooled(half).centred for half in halves)
-        return replace(_pooled(taps), sides=(whole(one), whole(other)))
+        return replace(_pooled(taps), sides=(one, other))
     return _pooled(taps)
 
 

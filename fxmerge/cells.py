@@ -268,7 +268,7 @@ def _quality(affinity: Affinity, coupling: Coupling) -> float:
     parts = [maps(0, p, True) for p in range(len(coupling.widths))]
 
     def inner(p: int, q: int) -> Tensor:
-        return row_by_row(parts[p], affinity.kept_between(affinity.centred, p, q), parts[q])
+        return row_by_row(parts[p], affinity.kept_between(affinity.covariance, p, q), parts[q])
 
     total, count = 0.0, 0
     for b in range(1, len(parts)):

@@ -27,13 +27,17 @@ from fxmerge.stacks import split_stacks
 from fxmerge.trace import trace
 
 
-def infer_classes(module: nn.Module | Traced, example_inputs: Any = None, *, strict: bool = False) -> AxisClasses:
+def infer_classes(
+    module: nn.Module | Traced, example_inputs: Any = None, *, strict: bool = False, stacks: bool = True
+) -> AxisClasses:
     """Finds which neurons of a network may be permuted together without changing its function.
 
     Args:
         module: the network, or what ``trace`` made of it.
         example_inputs: a tensor, tuple or dict to run it on; taken from the first layers where these leave no doubt.
         strict: raise where an operation has no rule, instead of pinning what it touches.
+        stacks: whether each row of a stack of weights (each expert) has neurons of its own; else those of all rows move
+            alike, and may have other widths.
 
     Raises:
         TraceError: the module cannot be traced.
@@ -47,7 +51,8 @@ def infer_classes(module: nn.Module | Traced, example_inputs: Any = None, *, str
             f"no rule for operation '{op}' at node '{node}'. Register one with @fxmerge.rule('{op}'), "
             "or leave out strict=True to pin what it touches."
         )
-    return split_stacks(_close(interpretation))
+    classes = _close(interpretation)
+    return split_stacks(classes) if stacks else classes
 
 
 _DEEPEST = 4  # how often blocks of different natures may ask for new ones

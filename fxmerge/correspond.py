@@ -69,6 +69,16 @@ def require_same_structure(
             )
 
 
+def uneven(classes: Sequence[AxisClasses]) -> bool:
+    """Whether neurons that every row of a stack has for itself are not as many in all parents."""
+    sizes: dict[str, set[int]] = {}
+    for parent in classes:
+        for c in parent:
+            if any(site.groups > 1 for site in c.sites):
+                sizes.setdefault(c.name, set()).add(c.size)
+    return any(len(found) > 1 for found in sizes.values())
+
+
 def carried(classes: AxisClasses, traced: Traced) -> AxisClasses | None:
     """The classes of another network of the same graph, which are those of the first; None where it is to be asked.
 

@@ -18,7 +18,7 @@ from fxmerge.checks import require_mass, verified
 from fxmerge.classes import infer_classes
 from fxmerge.clock import Clock
 from fxmerge.collect import collect, origin_of
-from fxmerge.correspond import alike_in_names, carried, require_same_structure
+from fxmerge.correspond import alike_in_names, carried, require_same_structure, uneven
 from fxmerge.coupling import side_by_side
 from fxmerge.data import feeder, reusable, try_batch
 from fxmerge.depth import CLAFusion, Grown, Link, balanced
@@ -180,6 +180,8 @@ def prepare(request: Request, clock: Clock) -> Prepared:
         with clock("classes"):
             classes = [infer_classes(traced[0], strict=request.strict)]
             classes += [carried(classes[0], t) or infer_classes(t, strict=request.strict) for t in traced[1:]]
+            if uneven(classes):
+                classes = [infer_classes(t, strict=request.strict, stacks=False) for t in traced]
         notes += tuple(
             f"no rule for operation '{op}' at node '{node}': what it touches is pinned"
             for node, op in classes[0].unknown

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ class Products:
 
     def __init__(self, factors: Sequence[Factor], shape: tuple[int, int], scale: float = 1.0) -> None:
         self.factors, self.shape, self.scale = factors, shape, scale
+        self._diagonal: Tensor | None = None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -55,8 +55,8 @@ class Products:
 
     def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
         """[rows]: entries (rows[i], columns[i])."""
-        if "diagonal" in vars(self) and torch.equal(rows, columns):
-            return self.diagonal[rows]
+        if self._diagonal is not None and torch.equal(rows, columns):
+            return self._diagonal[rows]
         total: Tensor | None = None
         for factor in self.factors:
             x, y = factor()
@@ -68,10 +68,11 @@ class Products:
         assert total is not None
         return total.mul_(self.scale)
 
-    @cached_property
     def diagonal(self) -> Tensor:
-        here = torch.arange(min(self.shape))
-        return self.pairs(here, here)
+        if self._diagonal is None:
+            here = torch.arange(min(self.shape))
+            self._diagonal = self.pairs(here, here)
+        return self._diagonal
 
     def at(self, rows: Tensor, columns: Tensor) -> Products:
         """A part, kept in the same way."""
@@ -80,8 +81,8 @@ class Products:
             return lambda: (_chosen((both := factor())[0], rows), _chosen(both[1], columns))
 
         found = Products([part(f) for f in self.factors], (len(rows), len(columns)), self.scale)
-        if "diagonal" in vars(self) and torch.equal(rows, columns):
-            found.diagonal = self.diagonal[rows]
+        if self._diagonal is not None and torch.equal(rows, columns):
+            found._diagonal = self._diagonal[rows]
         return found
 
     def whole(self) -> Tensor:
@@ -105,7 +106,3 @@ def whole(matrix: Tensor | Products) -> Tensor:
 def part(matrix: Tensor | Products, rows: Tensor, columns: Tensor) -> Tensor:
     """[rows, columns]"""
     return matrix.block(rows, columns) if isinstance(matrix, Products) else matrix[rows][:, columns]
-
-
-def diagonal(matrix: Tensor | Products) -> Tensor:
-    return matrix.diagonal if isinstance(matrix, Products) else matrix.diagonal()

@@ -420,6 +420,25 @@ def test_blocks_refuse_other_widths_even_where_any_width_goes():
         merged(make(4), make(8), x=IMAGE, matcher=OTFusion("weights"))
 
 
+def test_hidden_neurons_of_experts_go_together_where_their_numbers_differ():
+    class Mixture(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.router, self.head = nn.Linear(5, 3), nn.Linear(6, 2)
+            self.up, self.down = nn.Parameter(torch.empty(3, width, 5)), nn.Parameter(torch.empty(3, 6, width))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(torch.einsum("ehi,ni->neh", self.up, x))
+            return self.head(torch.einsum("ne,eoh,neh->no", self.router(x).softmax(-1), self.down, hidden))
+
+    a, b = made(Mixture(4)), made(Mixture(6), 1)
+    result = merged(a, b, x=POINT, matcher=OTFusion("weights"))
+    assert shapes(result.module)["up"] == (3, 4, 5)
+    assert [c.size for c in result.report.classes if any(s.parameter == "up" and s.axis == 1 for s in c.sites)] == [4]
+    alike = merged(a, made(Mixture(4), 1), x=POINT, matcher=OTFusion("weights"))
+    assert 12 in [c.size for c in alike.report.classes]
+
+
 # Heads ------------------------------------------------------------------------------------------------------
 
 MATCHERS = [WeightMatching(), ActivationMatching(), OTFusion(), CCAMerge(), ZipIt(), PLeaS(), beside()]

@@ -78,7 +78,7 @@ class CCAMerge(AbstractMatcher):
 
     def _frame(self, affinity: Affinity, p: int, at: Tensor) -> _Frame:
         """The coordinates in which the neurons ``at`` of parent p are compared."""
-        spread = [affinity.between(m, p, p, at, at) for m in affinity.sides or (affinity.centred,)]
+        spread = [affinity.between(m, p, p, at, at) for m in affinity.sides or (affinity.covariance,)]
         eye = torch.eye(len(at)).to(spread[0])
         if affinity.rigid or self.gamma == float("inf"):
             forth = back = eye
@@ -110,7 +110,7 @@ class _Frame:
 def _cross(affinity: Affinity, a: _Frame, b: int, other: _Frame) -> Tensor:
     """[n, n]: covariances between neurons of the first parent and of parent b, in their frames, over all sides."""
     total = torch.zeros(()).to(a.forth)
-    for matrix, x, y in zip(affinity.sides or (affinity.centred,), a.views, other.views, strict=True):
+    for matrix, x, y in zip(affinity.sides or (affinity.covariance,), a.views, other.views, strict=True):
         total = total + x @ affinity.between(matrix, 0, b, a.at, other.at) @ y.T
     return total
 

@@ -14,7 +14,6 @@ from fxmerge.errors import InputError, one_of
 from fxmerge.interfaces import PLACES, AbstractMatcher, Problem
 from fxmerge.ir import Alignment, Coupling
 from fxmerge.linalg import assignment, transport
-from fxmerge.products import whole
 from fxmerge.widths import resizable
 
 _SCALES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -96,9 +95,9 @@ class OTFusion(AbstractMatcher):
         if (
             fixed and self.reg == 0 and self._one_to_one(widths)
         ):  # without the matrices, larger than the weights that they are for
-            costs = (self._cost(sizes[0], s, affinity.between(affinity.raw, 0, p)) for p, s in enumerate(sizes) if p)
+            costs = (self._cost(sizes[0], s, affinity.between(affinity.inner, 0, p)) for p, s in enumerate(sizes) if p)
             return Permuted([torch.arange(n), *(assignment(cost.neg_()) for cost in costs)], shares)
-        gram = whole(affinity.raw)
+        gram = affinity.raw
         support = torch.zeros(n, sum(widths), dtype=gram.dtype, device=gram.device)  # fused neurons as sums of parents'
         strongest = torch.cat(
             [size.argsort(descending=True) + s for size, s in zip(sizes, affinity.starts, strict=True)]
@@ -126,7 +125,7 @@ class OTFusion(AbstractMatcher):
     def _worth(self, affinity: Affinity, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """The least cost of transport between cells, relative to the mean cost in the class; exact whatever ``reg``."""
         a, b = (affinity.sizes(p) for p in range(2))
-        cost = self._cost(a, b, affinity.between(affinity.raw, 0, 1))
+        cost = self._cost(a, b, affinity.between(affinity.inner, 0, 1))
         found = torch.zeros(len(left), len(right), dtype=torch.float64)
         for i, x in enumerate(left):
             for j, y in enumerate(right):
