@@ -11,7 +11,7 @@ neurons move in every row otherwise, and the output must not.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,32 +42,46 @@ class _Stack:
     along: tuple[int, ...]
 
 
+Touched = Mapping[str, Sequence[tuple[Site, int, Tensor]]]
+
+
 def split_stacks(classes: AxisClasses) -> AxisClasses:
     """The classes, with those taken apart whose neurons may move in every row of their stacks by themselves."""
-    options = [(k, stack) for k in range(len(classes)) for stack in _stacks(classes, k)]
-    options.sort(key=lambda option: (option[1].rows < 0, option[1].along))
-    together = _whole(classes, _chosen(options))
-    if together and _free(classes, together):
-        return _split(classes, together)[0]
-    alone = _whole(classes, _chosen((k, stack) for k, stack in options if _free(classes, {k: stack})))
-    return _split(classes, alone)[0] if alone and _free(classes, alone) else classes
-
-
-def _chosen(options: Iterable[tuple[int, _Stack]]) -> dict[int, _Stack]:
-    """One for every class; rows are not split themselves."""
+    touched = classes.by_tensor()
+    deep = {name for name, entries in touched.items() if len({s.axis for s, _, _ in entries}) > 2}
+    left = {
+        k: found
+        for k, c in enumerate(classes)
+        if any(site.parameter in deep for site in c.sites) and (found := _stacks(classes, touched, k))
+    }
     chosen: dict[int, _Stack] = {}
-    for k, stack in options:
-        if k not in chosen and stack.rows not in chosen and all(s.rows != k for s in chosen.values()):
-            chosen[k] = stack
-    return chosen
+    while left:  # what is not free along its first rows may be along the next ones
+        options = sorted(((k, found.pop(0)) for k, found in left.items()), key=lambda o: (o[1].rows < 0, o[1].along))
+        for k, stack in options:
+            if stack.rows not in chosen and all(s.rows != k for s in chosen.values()):  # rows are not split themselves
+                chosen[k] = stack
+        chosen = _largest(classes, touched, chosen)
+        left = {k: found for k, found in left.items() if found and k not in chosen}
+    return _split(classes, touched, chosen)[0] if chosen else classes
 
 
-def _stacks(classes: AxisClasses, k: int) -> list[_Stack]:
-    """Along what a class may be split, for all that its sites say; nothing where no tensor has a third axis."""
-    c, touched = classes[k], classes.by_tensor()
+def _largest(classes: AxisClasses, touched: Touched, chosen: Mapping[int, _Stack]) -> dict[int, _Stack]:
+    """Those that are free together, as many as trying in halves finds."""
+    chosen = _whole(classes, touched, chosen)
+    if not chosen or _free(classes, touched, chosen):
+        return chosen
+    if len(chosen) == 1:
+        return {}
+    halves = list(chosen.items())[: len(chosen) // 2], list(chosen.items())[len(chosen) // 2 :]
+    one, other = (_largest(classes, touched, dict(half)) for half in halves)
+    both = one | other
+    return both if not one or not other or _free(classes, touched, both) else one
+
+
+def _stacks(classes: AxisClasses, touched: Touched, k: int) -> list[_Stack]:
+    """Along what a class may be split, for all that its sites say."""
+    c = classes[k]
     if not c.free or c.size < 2 or c.parents or classes.children(k) or any(s.groups > 1 for s in c.sites):
-        return []
-    if all(len({s.axis for s, _, _ in touched[site.parameter]}) < 3 for site in c.sites):
         return []
     per_site = []
     for site in c.sites:
@@ -87,10 +101,9 @@ def _stacks(classes: AxisClasses, k: int) -> list[_Stack]:
     return [_Stack(*key, tuple(found[key] for found in per_site)) for key in common]
 
 
-def _whole(classes: AxisClasses, chosen: Mapping[int, _Stack]) -> dict[int, _Stack]:
+def _whole(classes: AxisClasses, touched: Touched, chosen: Mapping[int, _Stack]) -> dict[int, _Stack]:
     """Those of which all that shares an axis with them is split along the same rows."""
     chosen = dict(chosen)
-    touched = classes.by_tensor()
     while True:
         along = {(k, s): a for k, stack in chosen.items() for s, a in zip(classes[k].sites, stack.along, strict=True)}
         odd = {
@@ -103,16 +116,17 @@ def _whole(classes: AxisClasses, chosen: Mapping[int, _Stack]) -> dict[int, _Sta
         chosen = {k: stack for k, stack in chosen.items() if k not in odd}
 
 
-def _free(classes: AxisClasses, chosen: Mapping[int, _Stack]) -> bool:
+def _free(classes: AxisClasses, touched: Touched, chosen: Mapping[int, _Stack]) -> bool:
     """Whether these neurons may move in every row otherwise; rows that stay must all be in use to say so."""
-    split, new = _split(classes, chosen)
+    split, new = _split(classes, touched, chosen)
     moves = random_element(split, 0, only=new)
     own = read_when_asked(full_state(classes.traced.source) | full_state(classes.traced.graph_module))
     for state in (_drawn(classes, own), own):  # where drawn values decide otherwise, the graph may not run
         try:
-            outputs = (doubled(classes.traced, s) for s in (state, apply(split, moves, state)))
-            error = relative_error(*outputs)
-            return error <= _TOLERANCE and _in_use(classes, chosen, state)
+            before, after = (doubled(classes.traced, s) for s in (state, apply(split, moves, state)))
+            told = any(isinstance(t, Tensor) and t.is_floating_point() for t in pytree.tree_leaves(before))
+            same = told and relative_error(before, after) <= _TOLERANCE
+            return same and _in_use(classes, chosen, state)
         except Exception:
             continue
     return False
@@ -157,7 +171,7 @@ def _in_use(classes: AxisClasses, chosen: Mapping[int, _Stack], state: Mapping[s
     )
 
 
-def _split(classes: AxisClasses, chosen: Mapping[int, _Stack]) -> tuple[AxisClasses, list[int]]:
+def _split(classes: AxisClasses, touched: Touched, chosen: Mapping[int, _Stack]) -> tuple[AxisClasses, list[int]]:
     """The classes with the chosen ones in rows, parents first, and the numbers of these."""
     parts: list[tuple[int, int, AxisClass]] = []  # sorted by what they follow
     renamed: dict[Site, Site] = {}
@@ -169,7 +183,7 @@ def _split(classes: AxisClasses, chosen: Mapping[int, _Stack]) -> tuple[AxisClas
         sites: dict[Site, Tensor] = {}
         for site, along in zip(c.sites, stack.along, strict=True):
             renamed[site] = replace(site, groups=stack.count, along=along)
-            inside = sum(index.numel() for s, _, index in classes.by_tensor()[site.parameter] if s == site)
+            inside = sum(index.numel() for s, _, index in touched[site.parameter] if s == site)
             sites[renamed[site]] = torch.arange(stack.count)[:, None, None] * inside + c.sites[site]
         turned = {renamed[s]: columns for s, columns in c.turned.items()}
         made = replace(c, sites=sites, turned=turned, taps=())
