@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxmerge.coupling import Entry, Maps, unstacked
 from fxmerge.heap import LARGE, give_back
-from fxmerge.ir import AxisClasses, Coupling
+from fxmerge.ir import AxisClasses, Coupling, Site
 from fxmerge.linalg import correlation
 from fxmerge.moments import Moments
 from fxmerge.products import Factor, Products, kept, part, whole
@@ -163,10 +163,12 @@ def from_weights(
     trained = [dict(c.traced.source.named_parameters(remove_duplicate=False)) for c in parents]
     widths = tuple(parents[p][k].size for p in chosen)
     factors: list[Factor] = []
-    for name in sorted({s.parameter for s in parents[0][k].sites} & trained[0].keys() - silent):
-        rests = {_rest(trained[p][name].shape, touched[p][name], k, settled) for p in chosen}
-        if len(rests) == 1 and None not in rests:
-            factors.append(partial(_features, states, touched, name, k, chosen, maps, widths))
+    names = sorted({s.parameter for s in parents[0][k].sites} & trained[0].keys() - silent)
+    for loose in (False, True):  # a layer between two of the same rows: its numbers, in no order, are all there is
+        for name in names if not factors else ():
+            rests = {_rest(trained[p][name].shape, touched[p][name], k, settled, loose) for p in chosen}
+            if len(rests) == 1 and None not in rests:
+                factors.append(partial(_features, states, touched, name, k, chosen, maps, widths))
     if not factors:
         return None
     if parents[0][k].parents:  # asked for cell by cell
@@ -175,16 +177,26 @@ def from_weights(
     return Affinity(products, products, None, widths, 0)
 
 
-def _rest(shape: Sequence[int], entries: Sequence[Entry], k: int, settled: Mapping[int, Coupling]) -> int | None:
-    """How many numbers a tensor has of every neuron of class ``k``; None where its other axes are not settled."""
-    stacks = {s for s, _, _ in entries if s.is_stack(shape)}
-    if stacks:
-        (stack,) = stacks if len(stacks) == 1 else (None,)
-        if stack is None or all(c != k for _, c, _ in unstacked(entries, stack, len(shape))):
-            return None  # rows are told by what is in them
-        sizes = [shape[stack.along] * shape[stack.axis]]
-        sizes += [n for d, n in enumerate(shape) if d not in (stack.along, stack.axis)]
-        return _rest(sizes, unstacked(entries, stack, len(shape)), k, settled)
+def _stacks(entries: Sequence[Entry], shape: Sequence[int], k: int) -> list[Site]:
+    """The stacks of a tensor, that of class ``k`` first."""
+    found = {s: any(s == t and c == k for t, c, _ in entries) for s, _, _ in entries if s.is_stack(shape)}
+    return sorted(found, key=lambda s: (not found[s], s))
+
+
+def _rest(
+    shape: Sequence[int], entries: Sequence[Entry], k: int, settled: Mapping[int, Coupling], loose: bool
+) -> int | None:
+    """How many numbers a tensor has of every neuron of class ``k``; None where its other axes are not settled.
+
+    ``loose``: but for neurons of the same rows.
+    """
+    if stacks := _stacks(entries, shape, k):
+        flat = unstacked(entries, stacks[0], len(shape))
+        if all(c != k for _, c, _ in flat) or len(stacks) > 1 + loose:  # rows are told by what is in them
+            return None
+        sizes = [shape[stacks[0].along] * shape[stacks[0].axis]]
+        sizes += [n for d, n in enumerate(shape) if d not in (stacks[0].along, stacks[0].axis)]
+        return _rest(sizes, flat, k, settled, loose)
     mine = [(s, i) for s, c, i in entries if c == k]
     others = {(s, c) for s, c, _ in entries if all(s != t for t, _ in mine)}
     if len(mine) != 1 or any(s.groups > 1 for s, _ in mine) or any(c not in settled for _, c in others):
@@ -224,9 +236,10 @@ def _rows(value: Tensor, entries: Sequence[Entry], k: int, p: int, maps: Maps) -
     """[n, rest] of parent p; other axes in the fused network's coordinates."""
     if value.dtype in (torch.float16, torch.bfloat16):
         value = value.float()
-    stack = next((s for s, _, _ in entries if s.is_stack(value.shape)), None)
-    if stack is not None:
-        entries, value = unstacked(entries, stack, value.dim()), in_rows(value, stack).flatten(0, 1)
+    if stacks := _stacks(entries, value.shape, k):
+        for other in stacks[1:]:
+            value = value.sort(other.axis).values
+        entries, value = unstacked(entries, stacks[0], value.dim()), in_rows(value, stacks[0]).flatten(0, 1)
     site, index = next((s, i) for s, c, i in entries if c == k)
     for other in sorted({s for s, _, _ in entries if s.axis != site.axis and s.groups == 1}):
         here = [(c, i) for s, c, i in entries if s == other]

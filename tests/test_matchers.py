@@ -46,6 +46,7 @@ TWINS = [
     "query_key_norm",
     "windowed_attention",
     "mixture",
+    "deep_mixture",
     "heads_on_an_axis",
     "layers_in_one_tensor",
 ]
