@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxmerge.atoms import Atoms
 from fxmerge.calls import Call, defaults, leaves, operation_name
-from fxmerge.ir import OUTPUT, Site, Traced
+from fxmerge.ir import OUTPUT, VALUES_DECIDE, Site, Traced
 from fxmerge.label import Label, combine, varying
 from fxmerge.labels import Context
 from fxmerge.rules import FOLLOWED, MOVEMENT, RULES
@@ -237,9 +237,10 @@ class Interpretation(Context):
         strides = flat[0].stride() if name == "as_strided" and not flat[0].storage_offset() else None
         call = Call(name, function, arguments, tuple(tuple(t.shape) for t in outputs), strides)
         made: Any = None
-        if outputs and not any(t.numel() for t in outputs):  # nothing was found that a layer might be told of
-            for label in call.labels():
-                self.pin(label, _UNREAD)
+        if outputs and not any(t.numel() for t in outputs):
+            if name not in MOVEMENT or VALUES_DECIDE in self.traced.notes:  # what other inputs find is not known
+                for label in call.labels():
+                    self.pin(label, _UNREAD)
             made = [Label(tuple(t.shape)) for t in outputs]
         elif rule is not None:
             made = rule(self, call)

@@ -1144,6 +1144,13 @@ class RotaryHalves(_Attention):
         return F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v)
 
 
+@network(f(8) * f(2) * f(4) ** 2, TOKENS)  # rotation of a part of the dimensions that is all of them
+class RotaryPartial(RotaryHalves):
+    def rotate(self, x: Tensor) -> Tensor:
+        size = self.cos.shape[-1]
+        return torch.cat([super().rotate(x[..., :size]), x[..., size:]], -1)
+
+
 @network(f(8) * f(2) * f(4) ** 2, TOKENS)  # pairs of neighbours as complex numbers
 class RotaryComplex(_Attention):
     def __init__(self) -> None:
