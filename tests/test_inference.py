@@ -28,7 +28,7 @@ from fxmerge.atoms import entangled, independent
 from fxmerge.correspond import carried
 from fxmerge.interpret import Interpretation
 from fxmerge.label import Label
-from fxmerge.matchers import WeightMatching
+from fxmerge.matchers import ActivationMatching, WeightMatching, ZipIt
 from fxmerge.running import Doubled
 from fxmerge.trace import trace
 
@@ -319,6 +319,23 @@ def test_experts_are_one_class_and_verified_without_a_kernel_for_float64() -> No
     twin = fxmerge.permute(model, classes, seed=1)
     merged = fxmerge.merge(model, twin, example_inputs=x, progress=False).module
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), merged.parameters(), strict=True))
+
+
+@GROUPED
+def test_experts_are_matched_by_activations_of_rows_that_all_parents_have_in_one_order() -> None:
+    """Not by integers (ends of rows), nor by rows that every parent sorts by its own experts."""
+    torch.manual_seed(0)
+    model, x = randomise(GroupedExperts(), 0), torch.randn(6, 5)
+    classes = fxmerge.infer_classes(model, x)
+    nodes = {n.name: str(n.target) for n in classes.traced.graph_module.graph.nodes}
+    shown = {nodes[t.node] for c in classes for t in c.taps}
+    assert not any("sigmoid" in name or "grouped_mm" in name for name in shown)
+    twin = fxmerge.permute(model, classes, seed=1)
+    data = [torch.randn(64, 5) for _ in range(3)]
+    for matcher in (ActivationMatching(), ZipIt()):
+        result = fxmerge.merge(model, twin, example_inputs=x, data=data, matcher=matcher, repair=None, progress=False)
+        assert min(result.alignment.quality.values()) > 0.999
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), result.module.parameters(), strict=True))
 
 
 SHAPES = [((8, 4), (3, 4, 8)), ((3, 4, 4), (4, 8)), ((4, 8), (8, 4)), ((3, 4, 4), (3, 4, 8))]
