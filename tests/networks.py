@@ -1337,16 +1337,21 @@ class Mixture(_Mixture):
         return torch.einsum("ne,eok,nek->no", gates, self.down, F.silu(gate) * value)
 
 
-# The middle matrix has neurons of every expert's own on both of its axes.
-@network(f(6) * f(3) * f(4) ** 3 * f(5) ** 3, POINT, stacks={("a", 1): 0, ("b", 2): 0, ("b", 1): 0, ("c", 2): 0})
+# Matrices with neurons of every expert's own on both of their axes; the middle layer is on no others.
+@network(
+    f(6) * f(3) * f(4) ** 3 * f(5) ** 3 * f(2) ** 3,
+    POINT,
+    stacks={("a", 1): 0, ("b", 2): 0, ("b", 1): 0, ("c", 2): 0, ("c", 1): 0, ("d", 2): 0},
+)
 class DeepMixture(_Mixture):
     def __init__(self) -> None:
-        super().__init__(a=(3, 4, 6), b=(3, 5, 4), c=(3, 6, 5))
+        super().__init__(a=(3, 4, 6), b=(3, 5, 4), c=(3, 2, 5), d=(3, 6, 2))
 
     def mixed(self, x: Tensor, gates: Tensor) -> Tensor:
         h = torch.tanh(torch.einsum("eki,ni->nek", self.a, x))
         h = torch.tanh(torch.einsum("ejk,nek->nej", self.b, h))
-        return torch.einsum("ne,eoj,nej->no", gates, self.c, h)
+        h = torch.tanh(torch.einsum("elj,nej->nel", self.c, h))
+        return torch.einsum("ne,eol,nel->no", gates, self.d, h)
 
 
 # Hidden neuron k of every expert hears of the k-th of the others.
@@ -1358,6 +1363,19 @@ class TalkingMixture(_Mixture):
     def mixed(self, x: Tensor, gates: Tensor) -> Tensor:
         h = torch.tanh(torch.einsum("eki,ni->nek", self.up, x))
         return torch.einsum("ne,eok,nek->no", gates, self.down, torch.tanh(h + h.mean(1, keepdim=True)))
+
+
+# Two sets of hidden neurons on one axis, of which the second hears of other experts: neither is split.
+@network(f(6) * f(3) * f(4) ** 3 * f(4), POINT, exact=False, stacks={("up", 1): 0, ("down", 2): 0})
+class HalfTalkingMixture(_Mixture):
+    def __init__(self) -> None:
+        super().__init__(up=(3, 8, 6), down=(3, 6, 4), back=(3, 6, 4))
+
+    def mixed(self, x: Tensor, gates: Tensor) -> Tensor:
+        own, heard = torch.tanh(torch.einsum("eki,ni->nek", self.up, x)).chunk(2, -1)
+        heard = torch.tanh(heard + heard.mean(1, keepdim=True))
+        made = torch.einsum("eok,nek->neo", self.down, own) + torch.einsum("eok,nek->neo", self.back, heard)
+        return torch.einsum("ne,neo->no", gates, made)
 
 
 # Summed up over experts: the rows of the first tensor are free for each hidden neuron by itself.

@@ -124,6 +124,37 @@ def test_a_permuted_twin_is_recovered(matcher, name):
         assert relative_error(model(*x), result.module(*x)) < 1e-9
 
 
+def test_what_query_heads_make_of_shared_values_is_matched_given_the_heads():
+    """One class lies in two kinds of blocks: given the query heads, the values are the best there are."""
+    model, x = double(NETWORKS["grouped_query_attention"])
+    classes = fxmerge.infer_classes(model, x)
+    made = next(k for k, c in enumerate(classes) if any(s.parameter == "out.weight" and s.axis == 1 for s in c.sites))
+    heads, values = sorted(classes[made].parents, key=lambda k: classes[k].size)
+    (keys,) = classes[values].parents
+    family = next(f for f in families(classes) if made in f)
+    for seed in range(5):
+        draw = torch.Generator().manual_seed(seed)
+        score = torch.randn(12, 12, generator=draw, dtype=torch.float64)
+        found = match_family(classes, family, {made: score})
+        assert is_symmetry(classes, [found.get(k, torch.arange(c.size)) for k, c in enumerate(classes)])
+        place = {tuple(b): i for i, b in enumerate(classes[made].blocks.tolist())}  # (parents in order) -> neuron
+        flip = classes[made].parents[0] == values
+
+        def worth(h: int, v: int, w: int, score=score, found=found, place=place, flip=flip) -> float:
+            pair, other = (h, v), (int(found[heads][h]), w)
+            return float(score[place[pair[::-1] if flip else pair], place[other[::-1] if flip else other]])
+
+        for block in range(classes[keys].size):
+            own = [h for h in range(4) if int(classes[heads].blocks[h, 0]) == block]
+            mine = [v for v in range(classes[values].size) if int(classes[values].blocks[v, 0]) == block]
+            theirs = [int(found[values][v]) for v in mine]
+
+            def total(order: Sequence[int], own=own, mine=mine, worth=worth) -> float:
+                return sum(worth(h, v, w) for h in own for v, w in zip(mine, order, strict=True))
+
+            assert total(theirs) >= max(map(total, permutations(theirs))) - 1e-9
+
+
 def test_activations_as_they_are_read_tell_neurons_apart_too():
     case = NETWORKS["transformer_mlp"]
     model, x = double(case)
