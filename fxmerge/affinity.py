@@ -80,10 +80,10 @@ class Affinity:
         """Of some neurons only: per parent, which."""
         i = torch.cat([m + s for m, s in zip(members, self.starts, strict=True)])
         inner, covariance = (
-            x.at(i, i) if isinstance(x, Products) else x[i][:, i] for x in (self.inner, self.covariance)
+            x.at(i, i) if isinstance(x, Products) else part(x, i, i) for x in (self.inner, self.covariance)
         )
-        alike = None if self.alike is None else self.alike[i][:, i]
-        sides = None if self.sides is None else (self.sides[0][i][:, i], self.sides[1][i][:, i])
+        alike = None if self.alike is None else part(self.alike, i, i)
+        sides = None if self.sides is None else (part(self.sides[0], i, i), part(self.sides[1], i, i))
         return Affinity(inner, covariance, alike, tuple(len(m) for m in members), self.count, sides, self.rigid)
 
     def joined(self, other: Affinity) -> Affinity:

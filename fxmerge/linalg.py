@@ -132,7 +132,8 @@ def row_by_row(x: Map, gram: Tensor | Products, y: Map) -> Tensor:
     if x.source is None or y.source is None:
         gram = whole(gram)
         return (x.matrix.to(gram) @ gram * y.matrix.to(gram)).sum(1)
-    found = gram.pairs(x.source, y.source) if isinstance(gram, Products) else gram[x.source, y.source]
+    at = x.source, y.source
+    found = gram.pairs(*at) if isinstance(gram, Products) else gram[tuple(i.to(gram.device) for i in at)]
     for scale in (x.scale, y.scale):
         found = found if scale is None else found * scale.to(found)
     return found

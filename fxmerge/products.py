@@ -105,4 +105,6 @@ def whole(matrix: Tensor | Products) -> Tensor:
 
 def part(matrix: Tensor | Products, rows: Tensor, columns: Tensor) -> Tensor:
     """[rows, columns]"""
-    return matrix.block(rows, columns) if isinstance(matrix, Products) else matrix[rows][:, columns]
+    if isinstance(matrix, Products):
+        return matrix.block(rows, columns)
+    return matrix[rows.to(matrix.device)][:, columns.to(matrix.device)]

@@ -1662,7 +1662,7 @@ class NothingFound(nn.Module):
         self.seen, self.hidden, self.found = nn.Linear(5, 7), nn.Linear(7, 4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = torch.tanh(self.seen(x))[:0]
+        rows = torch.tanh(self.seen(x))[x[..., 0] > 99]
         more = self.found(torch.tanh(self.hidden(torch.cat([rows, rows]))))
         return self.head(torch.tanh(self.stem(x))) + more.sum()
 
