@@ -174,7 +174,8 @@ def permutations(affinity: Affinity) -> list[Tensor]:
     More than two parents: each is aligned to the first, then in turn to the mean of the others until nothing changes.
     """
     count = len(affinity.widths)
-    alike = {(a, b): affinity.between(affinity.score, a, b) for a in range(count) for b in range(count)}
+    pairs = [(a, b) for a in range(count) for b in range(count) if a != b and (count > 2 or a == 0)]
+    alike = {pair: affinity.between(affinity.score, *pair) for pair in pairs}
     found = [torch.arange(affinity.widths[0])]
     found += [assignment(alike[0, b]) for b in range(1, count)]
     for _ in range(20 if count > 2 else 0):

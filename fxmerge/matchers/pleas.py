@@ -59,8 +59,10 @@ class PLeaS(AbstractMatcher):
         unknown = [p for p in self.ratios or () if not any(c.name.startswith(p) for c in first)]
         if unknown:
             raise InputError(f"PLeaS(ratios=..): no class of neurons has a name that starts with '{unknown[0]}'")
-        alignment, scores = class_by_class(problem, _match, str(self), by=self.cost, sweeps=2, each=_scores)
-        if self.budget == 1 and not self.ratios:
+        whole = self.budget == 1 and not self.ratios
+        each = None if whole else _scores
+        alignment, scores = class_by_class(problem, _match, str(self), by=self.cost, sweeps=2, each=each)
+        if whole:
             return alignment
         free = sorted(k for k in resizable(first) if k in scores)
         found = {k: _permutations(alignment.couplings[k]) for k in free}
