@@ -92,23 +92,6 @@ def _varies(t: Any, d: Any) -> Any:
     return t.shape[d] > 1 and t.stride(d) != 0
 
 
-@rule("view_as_complex")
-def complex_of(ctx: Any, call: Any) -> Any:
-    """The two entries of the last axis become one number; which is the real part matters."""
-    x = ctx.lift(call["self"])
-    return ctx.reduce(ctx.ordered(x, [-1]), [-1])
-
-
-@rule("view_as_real")
-def parts_of(ctx: Any, call: Any) -> Any:
-    """Real and imaginary part, on a last axis of two places."""
-    x, shape = ctx.lift(call["self"]), call.shapes[0]
-    x = ctx.move(x, lambda t: t.unsqueeze(-1), (*x.shape, 1))
-    return ctx.align(
-        x, type(x)((1,) * (x.ndim - 1) + (2,), fixed=ctx.positions((1,) * (x.ndim - 1) + (2,))), shape=shape
-    )
-
-
 @rule("pad", "constant_pad_nd")
 def padded(ctx: Any, call: Any) -> Any:
     """Constant padding puts one number in the new places; other modes repeat what is there."""

@@ -53,3 +53,19 @@ def compared(ctx: Any, call: Any) -> Any:
     """Two vectors compared over one axis, entry by entry."""
     both = ctx.align(ctx.lift(call["x1"]), ctx.lift(call["x2"]))
     return ctx.reduce(both, [call.get("dim", -1)], bool(call.get("keepdim", False)))
+
+
+@rule("view_as_complex")
+def complex_of(ctx: Any, call: Any) -> Any:
+    """The two entries of the last axis become one number; which is the real part matters."""
+    x = ctx.lift(call["self"])
+    return ctx.reduce(ctx.ordered(x, [-1]), [-1])
+
+
+@rule("view_as_real")
+def parts_of(ctx: Any, call: Any) -> Any:
+    """Real and imaginary part, on a last axis of two places."""
+    x, shape = ctx.lift(call["self"]), call.shapes[0]
+    x = ctx.move(x, lambda t: t.unsqueeze(-1), (*x.shape, 1))
+    two = (1,) * (x.ndim - 1) + (2,)
+    return ctx.align(x, type(x)(two, fixed=ctx.positions(two)), shape=shape)
